@@ -1,0 +1,71 @@
+"""Drafters: what proposes tokens for the target to verify. One module per option.
+
+A drafter has two sides: `train` writes weights (in a child process), `load` gives the engine a DraftModel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from omr.nn.transformer import Transformer
+
+
+class DraftModel(Protocol):
+    """What the native engine asks of a drafter: one deterministic chain of draft tokens per sequence.
+
+    Deterministic proposals are what keeps verification exact: the target draws its own token at each position and the
+    chain is followed while the two agree, so the output law is the target's whatever is proposed.
+    """
+
+    num_draft_tok: int
+    """Tokens proposed per step, the same for every sequence."""
+    needs_hidden: bool
+    """Whether `propose` reads the target's hidden state (and can be captured in a CUDA graph)."""
+
+    def propose(
+        self,
+        hidden: torch.Tensor | None,
+        tokens: torch.Tensor,
+        history: Sequence[Sequence[int]] | None,
+    ) -> torch.Tensor:
+        """Draft after `tokens` (batch,) int64, the newest token of each sequence.
+
+        `hidden` (batch, hidden_size) is the target's final-norm output at the position that predicted that token.
+        `history` holds all token ids of each sequence, newest last; it is None when `needs_hidden`.
+        Returns (batch, num_draft_tok) int64.
+        """
+        ...
+
+
+@dataclass(kw_only=True)
+class Drafter:
+    """Contract. The default is a drafter that needs no training."""
+
+    option_group: ClassVar[str]
+    option_name: ClassVar[str]
+    REVISION: ClassVar[int] = 1
+    trained: ClassVar[bool] = False
+    """True when `train` must have run: the pipeline then gives `load` the trained folder."""
+
+    def train(self, base: Path, text: Path, out: Path, device: str) -> dict[str, float]:
+        """Train for the checkpoint `base` on the parquet `text`; write safetensors, config and curve into `out`.
+
+        `text` has columns `text` (str) and `spans` (list of [start, end) character ranges written by the model).
+        Returns summary metrics (`redrafter{i}_top{k}` and the like). Raises TrainingError, InputError.
+        """
+        raise TypeError(f"{type(self).__name__} is not trained")
+
+    def text_rows(self) -> int:
+        """Rows of training text that `train` wants; 0 when it is not trained."""
+        return 0
+
+    def load(self, folder: Path | None, base: Transformer) -> DraftModel | None:
+        """The proposer for `base`, on its device, or None for plain decoding. Raises InputError on a mismatch."""
+        return None

@@ -1,0 +1,72 @@
+"""Every error that omr raises on purpose, one tree.
+
+    OmrError                      one line: what was wrong, the value, what to do
+    |-- UserError                 exit code 2: the request cannot be carried out as written
+    |   |-- ConfigError           unknown key, bad value, impossible combination
+    |   |-- InputError            a file or folder given by the user is missing, truncated or tampered with
+    |   `-- MissingBackend        an optional package or a device that the choice needs is not here
+    `-- Failure                   exit code 1: it was a fair request and it went wrong
+        |-- ChildError            a child process died or never became ready; carries its last log lines
+        |-- ResourceError         no disk space, no memory, a port in use
+        `-- TrainingError         the loss is not finite, the data ran out
+
+Anything else that reaches `__main__` is a bug in omr and keeps its traceback in the run's log.
+"""
+
+from __future__ import annotations
+
+
+class OmrError(Exception):
+    """Base of all. `str(error)` is one line meant for the user."""
+
+    exit_code = 1
+
+
+class UserError(OmrError):
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    pass
+
+
+class InputError(UserError):
+    pass
+
+
+class MissingBackend(UserError):
+    """`package` is not installed; `pip install 'omr[extra]'` brings it."""
+
+    def __init__(self, package: str, *, extra: str | None = None, why: str = "") -> None:
+        fix = f"pip install 'omr[{extra}]'" if extra else f"install {package}"
+        super().__init__(f"{package} is not available here{': ' + why if why else ''}. Fix: {fix}")
+        self.package = package
+        self.extra = extra
+        self.why = why
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_missing_backend, (self.package, self.extra, self.why))
+
+
+def _missing_backend(package: str, extra: str | None, why: str) -> MissingBackend:
+    return MissingBackend(package, extra=extra, why=why)
+
+
+class Failure(OmrError):
+    pass
+
+
+class ChildError(Failure):
+    """A child process failed. `log_tail` holds its last lines, already part of the message."""
+
+    def __init__(self, message: str, log_tail: str = "") -> None:
+        super().__init__(message if not log_tail else f"{message}\n{log_tail}")
+        self.log_tail = log_tail
+
+
+class ResourceError(Failure):
+    pass
+
+
+class TrainingError(Failure):
+    pass

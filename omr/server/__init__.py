@@ -1,0 +1,109 @@
+"""Servers: what turns a checkpoint into an OpenAI-compatible endpoint. One module per option."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from omr.drafter import Drafter
+from omr.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class ServeSpec:
+    """What is to be served: all paths exist."""
+
+    model_name: str
+    checkpoint: Path
+    """Hugging Face folder, quantised or not (for a server with an engine build, see `engine`)."""
+    drafter: Drafter
+    drafter_path: Path | None = None
+    engine: Path | None = None
+    """Built engine folder, for servers with `builds_engine`."""
+    context_tokens: int = 2048
+    tp: int = 1
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class Endpoint:
+    """A server that answers."""
+
+    base_url: str
+    """Without the trailing /v1."""
+    model: str
+    server: Server
+    log: Path | None = None
+    pid: int | None = None
+    api_key: str = "EMPTY"
+
+
+@dataclass(kw_only=True)
+class SpecCounts:
+    """Raw speculative-decoding counters since the server started. Derived rates are made in tracker.py."""
+
+    drafts: int = 0
+    """Verification steps that had a draft."""
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_pos: list[int] = field(default_factory=list)
+    """Draft tokens accepted at position i; `drafts` is the denominator of the marginal rate."""
+
+    def __sub__(self, before: SpecCounts) -> SpecCounts:
+        was = before.accepted_per_pos + [0] * (len(self.accepted_per_pos) - len(before.accepted_per_pos))
+        return SpecCounts(
+            drafts=self.drafts - before.drafts,
+            draft_tokens=self.draft_tokens - before.draft_tokens,
+            accepted_tokens=self.accepted_tokens - before.accepted_tokens,
+            accepted_per_pos=[now - then for now, then in zip(self.accepted_per_pos, was, strict=True)],
+        )
+
+
+@dataclass(kw_only=True)
+class Server:
+    """Contract. `launch` owns a child process; a remote endpoint owns none."""
+
+    option_group: ClassVar[str]
+    option_name: ClassVar[str]
+    REVISION: ClassVar[int] = 1
+    runs_quant: ClassVar[frozenset[str]] = frozenset()
+    """Names of the quant options whose checkpoints it serves."""
+    runs_drafter: ClassVar[frozenset[str]] = frozenset()
+    builds_engine: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = True
+    """False for a remote endpoint: no weights are fetched or quantised."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 takes a free port."""
+    start_timeout_s: float = 600.0
+    """How long the server may take to answer /health."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"server.port must be 0 (any free port) to 65535, got {self.port}")
+        if self.start_timeout_s <= 0:
+            raise ConfigError(f"server.start_timeout_s must be > 0, got {self.start_timeout_s}")
+
+    def preflight(self, spec: ServeSpec) -> None:
+        """Refuse, before anything is allocated, what this machine cannot run. Paths in `spec` need not exist yet.
+
+        Raises MissingBackend or ConfigError. Must be cheap: no import of a backend, no device initialisation.
+        """
+
+    def build(self, spec: ServeSpec, out: Path) -> dict[str, float]:
+        """Build the engine of `spec` into the empty folder `out` (only with `builds_engine`)."""
+        raise TypeError(f"{type(self).__name__} builds no engine")
+
+    def launch(self, spec: ServeSpec, log_dir: Path) -> AbstractContextManager[Endpoint]:
+        """Start, wait until it answers, yield the Endpoint, and leave no process behind whatever happens."""
+        raise TypeError(f"{type(self).__name__} cannot be launched")
+
+    def spec_counts(self, metrics_text: str) -> SpecCounts | None:
+        """Counters read from the body of this server's metrics endpoint; None when it reports none."""
+        return None
+
+    metrics_path: ClassVar[str] = "/metrics"
