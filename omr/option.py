@@ -62,3 +62,12 @@ def fields_of(obj: Any) -> dict[str, Any]:
     result = plain(obj)
     assert isinstance(result, dict)
     return result
+
+
+def from_fields(cls: type[T], data: dict[str, Any]) -> T:
+    """The inverse of `fields_of`: a typed instance of `cls`, its `__post_init__` checks run."""
+    from omegaconf import OmegaConf
+
+    obj = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), data))
+    assert isinstance(obj, cls)
+    return obj

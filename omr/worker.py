@@ -1,0 +1,47 @@
+"""The child side of `process.run_verb`: `python -m omr.worker CALL.json RESULT.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from omr.errors import OmrError
+from omr.option import discover, from_fields
+
+
+def main(call_path: Path, result_path: Path) -> int:
+    call = json.loads(call_path.read_text())
+    kwargs = {k: Path(v["path"]) if isinstance(v, dict) and "path" in v else v for k, v in call["kwargs"].items()}
+    answer: dict[str, Any]
+    try:
+        option = from_fields(discover()[call["group"], call["name"]], call["fields"])
+        answer = {"value": getattr(option, call["verb"])(**kwargs)}
+    except OmrError as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    except MemoryError:
+        answer = {"error": "ResourceError", "message": f"out of memory in {call['verb']}: {_where(call)}"}
+    except Exception as error:
+        traceback.print_exc()
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
+            answer = {"error": "ResourceError", "message": f"out of GPU memory in {call['verb']}: {_where(call)}"}
+        elif isinstance(error, OSError) and error.errno == 28:
+            answer = {"error": "ResourceError", "message": f"no space left on device in {call['verb']}: free some disk"}
+        else:
+            last = f"{type(error).__name__}: {error}".splitlines()[0]
+            answer = {"error": "ChildError", "message": f"{_where(call)} {call['verb']} failed: {last}"}
+    temporary = result_path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(answer))
+    os.replace(temporary, result_path)
+    return 0
+
+
+def _where(call: dict[str, Any]) -> str:
+    return f"{call['group']}={call['name']}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
