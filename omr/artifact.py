@@ -5,10 +5,10 @@
     artifacts/KIND/.KEY.resume/         what a long make wants back after a kill (training state); gone on success
     artifacts/KIND/.KEY.lock            held while KEY is being made
 
-A key is the sha256 of canonical JSON: the kind, the producer's REVISION, the recipe (type and every field that can change
-the bytes) and the keys of the inputs. So a sweep that wants the same checkpoint four times builds it once, and a number in
-a table leads back to the exact bytes. The folder is renamed into place with its manifest already inside: whatever is
-visible under KIND/KEY is whole. A file that changed later (size or mtime, then digest) is refused, never used.
+A key is the sha256 of canonical JSON: the kind, the producer's REVISION, the recipe (type and every field that can
+change the bytes) and the keys of the inputs. So a sweep that wants the same checkpoint four times builds it once, and a
+number in a table leads back to the exact bytes. The folder is renamed into place with its manifest already inside:
+whatever is visible under KIND/KEY is whole. A file that changed later (size or mtime, then digest) is refused.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Artifact:
 
 
 def content(recipe: Any) -> dict[str, Any]:
-    """The fields of an option that can change the bytes it makes: all but those marked `metadata={"content": False}`."""
+    """An option's fields that can change the bytes it makes: all but those with `metadata={"content": False}`."""
 
     def keep(obj: Any) -> dict[str, Any]:
         data = fields_of(obj)
