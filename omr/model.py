@@ -17,6 +17,8 @@ class TextSource:
     """A jsonl or parquet file (jsonl may be gzipped)."""
     hub: str | None = None
     """A Hugging Face dataset, for example nvidia/OpenMathReasoning."""
+    revision: str | None = None
+    """Full commit hash of the dataset; null resolves main when it is fetched and records what it was."""
     split: str = "train"
     problem_key: str = "problem"
     solution_key: str = "solution"
