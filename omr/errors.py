@@ -70,3 +70,7 @@ class ResourceError(Failure):
 
 class TrainingError(Failure):
     pass
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, no `except Exception` on the way may swallow it."""

@@ -1,0 +1,213 @@
+"""The order of things: weights -> text -> checkpoint -> drafter -> engine -> server.
+
+Jobs pull: each step asks for what it needs, and makes its artifact only if the store has none of that key. So the order
+below is the order of dependence, not of calls, and a sweep over servers and samplings builds each checkpoint once.
+
+    weights     a Hugging Face folder             keyed by hub revision, package digest or file digests
+    text        problems with solutions, parquet  keyed by the source, the prompt and the tokenizer's weights
+    checkpoint  quantised folder                  keyed by weights, recipe and calibration text; bf16 is the weights
+    drafter     trained head                      keyed by weights, recipe and text: not by `quant`
+    engine      a server's own build              only for servers that build one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from omr import dataset, source
+from omr.artifact import content
+from omr.config import Config, home
+from omr.drafter import Drafter
+from omr.errors import ResourceError
+from omr.process import run_verb
+from omr.run import Run
+from omr.server import Endpoint, ServeSpec
+
+MIN_FREE_BYTES = 1 << 30
+"""Disk that must be free before a run starts."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Something on disk and the key that names its content."""
+
+    path: Path
+    key: str
+
+
+def preflight(cfg: Config) -> None:
+    """Refuse what this machine cannot run, before anything is allocated. Cheap: nothing is imported or loaded.
+
+    Raises MissingBackend, ConfigError, InputError or ResourceError.
+    """
+    device = cfg.device_name()
+    home().mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(home()).free) < MIN_FREE_BYTES:
+        raise ResourceError(f"{free / 1e9:.1f} GB free in {home()}, a run needs 1 GB; free some or set OMR_HOME")
+    if cfg.server.needs_weights:
+        source.preflight(cfg.model)
+    cfg.benchmark.preflight()
+    if cfg.job.serves:
+        cfg.sandbox.preflight()
+        cfg.server.preflight(_spec(cfg, device))
+
+
+def weights(run: Run) -> Made:
+    """The base model's folder."""
+    found = source.resolve(run.cfg.model, run.store)
+    return Made(found.folder, found.key)
+
+
+def text(run: Run, rows: int, base: Made) -> Made:
+    """`rows` documents in the model's own prompt format, for calibration and drafter training."""
+    model = run.cfg.model
+    recipe = {**content(model.text), "rows": rows, "prompt": model.prompt, "code_tags": model.code_tags}
+
+    def make(out: Path) -> dict[str, float]:
+        written = dataset.write_text(
+            islice(_rows(run, rows), rows),
+            tokenizer_dir=base.path,
+            prompt=model.prompt,
+            code_tags=model.code_tags,
+            out=out / "text.parquet",
+            min_rows=rows,
+        )
+        return {"rows": written}
+
+    with run.stage("text"):
+        made = run.store.get("text", recipe, {"weights": base.key, **dataset.source_key(model.text)}, make)
+    run.use("text", made)
+    return Made(made.path / "text.parquet", made.key)
+
+
+def _rows(run: Run, rows: int) -> Iterable[tuple[str, str]]:
+    text_source = run.cfg.model.text
+    if text_source.corpus:
+        from omr import corpus
+
+        return corpus.rows(rows, seed=text_source.seed)
+    return dataset.read_rows(text_source, limit=rows)
+
+
+def checkpoint(run: Run) -> Made:
+    """The weights as they are served: quantised, or the source itself for bf16."""
+    quant, base = run.cfg.quant, weights(run)
+    if quant.identity:
+        return base
+    calibration = text(run, quant.calib_samples, base) if quant.calib_samples else None
+    inputs = {"weights": base.key} | ({"text": calibration.key} if calibration else {})
+
+    def make(out: Path) -> Any:
+        return run_verb(
+            quant,
+            "quantise",
+            {
+                "src": base.path,
+                "out": out,
+                "calibration": calibration.path if calibration else None,
+                "device": run.cfg.device_name(),
+            },
+            log=run.folder / "logs" / "quantise.log",
+        )
+
+    with run.stage("checkpoint"):
+        made = run.store.get("checkpoint", content(quant), inputs, make, revision=quant.REVISION)
+    run.use("checkpoint", made)
+    run.log({f"quant/{name}": value for name, value in made.metrics.items()})
+    _log_curves(run, made.path)
+    return Made(made.path, made.key)
+
+
+def drafter(run: Run) -> Made | None:
+    """The trained drafter, or None for one that is not trained."""
+    option = run.cfg.drafter
+    if not option.trained:
+        return None
+    base = weights(run)
+    rows = text(run, option.text_rows(), base)
+
+    def make(out: Path) -> Any:
+        return run_verb(
+            option,
+            "train",
+            {"base": base.path, "text": rows.path, "out": out, "device": run.cfg.device_name()},
+            log=run.folder / "logs" / "train.log",
+        )
+
+    with run.stage("drafter"):
+        made = run.store.get(
+            "drafter",
+            content(option),
+            {"weights": base.key, "text": rows.key},
+            make,
+            revision=option.REVISION,
+        )
+    run.use("drafter", made)
+    run.log({name if name.startswith("redrafter") else f"drafter/{name}": v for name, v in made.metrics.items()})
+    _log_curves(run, made.path)
+    return Made(made.path, made.key)
+
+
+def serve_spec(run: Run) -> ServeSpec:
+    """Everything that the server needs, made or reused, its engine included."""
+    cfg = run.cfg
+    spec = _spec(cfg, cfg.device_name())
+    if not cfg.server.needs_weights:
+        return spec
+    served, head = checkpoint(run), drafter(run)
+    spec.checkpoint, spec.drafter_path = served.path, head.path if head else None
+    if cfg.server.builds_engine:
+        inputs = {"checkpoint": served.key} | ({"drafter": head.key} if head else {})
+        with run.stage("engine"):
+            made = run.store.get(
+                "engine",
+                {**content(cfg.server), "tp": cfg.model.tp, "context_tokens": cfg.model.context_tokens},
+                inputs,
+                lambda out: cfg.server.build(spec, out),
+                revision=cfg.server.REVISION,
+            )
+        run.use("engine", made)
+        spec.engine = made.path
+    return spec
+
+
+@contextlib.contextmanager
+def endpoint(run: Run) -> Iterator[Endpoint]:
+    """A server that answers, with everything before it made or reused."""
+    spec = serve_spec(run)
+    with contextlib.ExitStack() as stack:
+        with run.stage("server_start"):
+            live = stack.enter_context(run.cfg.server.launch(spec, run.folder / "logs"))
+        run.say(f"{run.cfg.server.option_name} serves {live.model} at {live.base_url}")
+        yield live
+
+
+def _spec(cfg: Config, device: str) -> ServeSpec:
+    untrained: Drafter = cfg.drafter
+    return ServeSpec(
+        model_name=cfg.model.name,
+        checkpoint=Path(),
+        drafter=untrained,
+        context_tokens=cfg.model.context_tokens,
+        tp=cfg.model.tp,
+        device=device,
+        seed=cfg.sampling.seed,
+    )
+
+
+def _log_curves(run: Run, folder: Path) -> None:
+    """Log what a maker left to be looked at: curve.jsonl as points, pictures as they are."""
+    import json
+
+    curve = folder / "curve.jsonl"
+    if curve.exists():
+        run.tracker.curve([json.loads(line) for line in curve.read_text().splitlines()])
+    for file in [*folder.glob("*.png"), *folder.glob("ranges.json"), curve]:
+        if file.exists():
+            run.tracker.artifact(file, folder.parent.name)

@@ -1,0 +1,204 @@
+"""One execution: a typed config, an output folder, the artifact store and the tracker.
+
+`open_run` guarantees how it ends: FINISHED, FAILED with a reason, or KILLED (Ctrl-C, SIGTERM). The fingerprint names what
+was asked for: two runs with the same one would measure the same thing, so a sweep skips a cell that has finished before
+and a killed evaluation continues where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omr import __version__
+from omr.artifact import Artifact, Store, content, key_of
+from omr.config import Config, home
+from omr.errors import OmrError, Terminated
+from omr.option import GROUPS, fields_of
+from omr.tracker import MlflowTracker, RecordingTracker, Status, Tracker
+
+SUMMARY = "summary.json"
+"""What each run leaves in its folder: id, status, choices, metrics."""
+
+
+@dataclass
+class Run:
+    cfg: Config
+    folder: Path
+    """Output folder of this run: multirun/STUDY/TIME/N."""
+    store: Store
+    tracker: Tracker
+    fingerprint: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Everything logged by `log`, for the table at the end."""
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Summary metrics, each logged once a run."""
+        self.metrics.update(values)
+        self.tracker.metrics(values)
+
+    def say(self, line: str) -> None:
+        """One line for the person watching."""
+        print(f"[{self.cfg.study}] {line}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage into `stage/NAME_s`."""
+        started = time.perf_counter()
+        yield
+        self.log({f"stage/{name}_s": time.perf_counter() - started})
+
+    def use(self, name: str, artifact: Artifact) -> Artifact:
+        """Record the artifact a stage made or reused: its key as a tag, its metrics when it was made here or not."""
+        self.tracker.tags({f"artifact.{name}": f"{artifact.kind}/{artifact.key}"})
+        self.log({f"stage/{name}_reused": float(not artifact.built)})
+        return artifact
+
+    def end(self, status: Status, reason: str = "") -> None:
+        """Write the summary that tables are made from, then close the run in the tracker."""
+        summary = {
+            "run_id": self.tracker.run_id,
+            "fingerprint": self.fingerprint,
+            "status": status,
+            "reason": reason,
+            "name": run_name(self.cfg),
+            "choices": choices(self.cfg),
+            "metrics": self.metrics,
+        }
+        (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+        self.tracker.end(status, reason)
+
+    def resume_folder(self) -> Path:
+        """A folder that a killed run of the same fingerprint may have left for this one; its user deletes it."""
+        return home() / "artifacts" / "unfinished" / self.fingerprint
+
+
+def fingerprint(cfg: Config) -> str:
+    """The digest of everything that can change what the run measures."""
+    recipe: dict[str, Any] = {group: content(getattr(cfg, group)) for group in (*GROUPS, "model", "sampling")}
+    recipe["benchmark"] = content(cfg.benchmark)
+    recipe["device"] = cfg.device.name
+    revisions = {g: type(getattr(cfg, g)).REVISION for g in ("quant", "drafter", "server")}
+    inputs = {"omr": __version__, **{g: str(r) for g, r in revisions.items()}, **_local_files(cfg)}
+    return key_of("run", recipe, inputs)
+
+
+def _local_files(cfg: Config) -> dict[str, str]:
+    """Size and mtime of files given by path: an edited benchmark or checkpoint is another experiment."""
+    found = {}
+    for name, value in (
+        ("model.path", cfg.model.path),
+        ("text.path", cfg.model.text.path),
+        ("benchmark.path", cfg.benchmark.path),
+    ):
+        if value and (path := Path(value)).exists():
+            files = sorted(path.iterdir()) if path.is_dir() else [path]
+            found[name] = json.dumps([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+    return found
+
+
+@contextlib.contextmanager
+def open_run(cfg: Config, folder: Path, *, overrides: list[str], parent_id: str | None = None) -> Iterator[Run]:
+    """Open the run of `cfg` in `folder`, which is created; close it with the status that fits how the body ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    uri = cfg.tracking()
+    tracker: Tracker
+    if uri is None:
+        tracker = RecordingTracker()
+    else:
+        tracker = MlflowTracker(uri, cfg.study, run_name(cfg), home=home(), parent_id=parent_id)
+    run = Run(cfg, folder, Store(home() / "artifacts"), tracker, fingerprint(cfg))
+    run.store.notice = run.say
+    try:
+        _describe(run, overrides)
+        yield run
+    except (KeyboardInterrupt, Terminated):
+        run.end("KILLED", "interrupted")
+        raise
+    except OmrError as error:
+        run.end("FAILED", str(error))
+        raise
+    except BaseException as error:
+        crash = folder / "traceback.txt"
+        crash.write_text(traceback.format_exc())
+        run.tracker.artifact(crash)
+        run.end("FAILED", f"{type(error).__name__}: {error}")
+        raise
+    run.end("FINISHED")
+
+
+def run_name(cfg: Config) -> str:
+    """`tiny fp8 redrafter native`: the choices that tell runs apart in a list."""
+    return " ".join([cfg.model.name, cfg.quant.option_name, cfg.drafter.option_name, cfg.server.option_name])
+
+
+def choices(cfg: Config) -> dict[str, str]:
+    """Chosen option or value of each group."""
+    chosen = {group: str(getattr(cfg, group).option_name) for group in GROUPS}
+    return chosen | {"model": cfg.model.name, "benchmark": cfg.benchmark.name}
+
+
+def _describe(run: Run, overrides: list[str]) -> None:
+    """Write the resolved config and log choices, params, versions and commit."""
+    from omegaconf import OmegaConf
+
+    data = {f.name: _plain(getattr(run.cfg, f.name)) for f in dataclasses.fields(run.cfg)}
+    resolved = run.folder / "config.yaml"
+    resolved.write_text(OmegaConf.to_yaml(OmegaConf.create(data)))
+    run.tracker.params(dict(_flat(data)))
+    run.tracker.tags(
+        {f"choice.{group}": name for group, name in choices(run.cfg).items()}
+        | {
+            "omr.fingerprint": run.fingerprint,
+            "omr.overrides": " ".join(overrides),
+            "omr.folder": str(run.folder),
+            "omr.version": __version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()} {platform.system()} {platform.release()}",
+            **_commit(),
+            **{f"version.{name}": metadata.version(name) for name in ("torch", "transformers", "mlflow", "hydra-core")},
+        }
+    )
+    run.tracker.artifact(resolved)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return fields_of(value)
+    return getattr(value, "name", value) if not isinstance(value, str | int | float | bool | None) else value
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value
+
+
+def _commit() -> dict[str, str]:
+    """Commit and dirty flag of the checkout that omr runs from; empty from a wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {}
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    return {
+        "git.commit": git("rev-parse", "HEAD"),
+        "git.dirty": str(bool(git("status", "--porcelain", "-uno"))).lower(),
+    }

@@ -1,0 +1,155 @@
+"""Runs and sweeps: check every cell, then let Hydra's launcher run them, then the table.
+
+A sweep is one parent run in MLflow with a child for each cell. The parent, and so the database, is created before the
+first cell: cells that start at the same moment must not race to create it. A cell that fails is reported and the rest
+go on; the exit code at the end is not zero. A cell whose fingerprint has a FINISHED run in the study is not run again: it
+stands in the table with the run it comes from (`rerun=true` insists).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omr import compose, pipeline, table
+from omr.config import Config, home, typed
+from omr.errors import OmrError, Terminated
+from omr.run import SUMMARY, choices, fingerprint, open_run, run_name
+from omr.tracker import MlflowTracker
+
+PARENT = "OMR_PARENT_RUN"
+"""Environment variable that carries the parent run's id to the cells, whichever launcher runs them."""
+
+
+def run_all(overrides: list[str], *, multirun: bool) -> int:
+    """Check, run and tabulate what the command line asks for; the exit code."""
+    plan = compose.plan(overrides, multirun=multirun)
+    refused = list(plan.refused)
+    for at, cell in enumerate(plan.cells):
+        try:
+            pipeline.preflight(cell.cfg)
+        except OmrError as error:
+            where = f"cell {at} ({' '.join(cell.overrides)}): " if plan.multirun else ""
+            refused.append(f"{where}{error}")
+    if refused:
+        for line in dict.fromkeys(refused):
+            print(f"omr: {line}", file=sys.stderr)
+        if plan.multirun:
+            print(f"omr: {len(refused)} cell(s) refused, nothing was started", file=sys.stderr)
+        return 2
+    first = plan.cells[0].cfg
+    folder = home() / "multirun" / first.study / time.strftime("%Y-%m-%d_%H-%M-%S")
+    while folder.exists():
+        folder = folder.with_name(f"{folder.name}x")
+    places = [f"hydra.run.dir={folder}/0", f"hydra.sweep.dir={folder}"]
+    if not plan.multirun:
+        return _launch([*overrides, *places])
+    return _sweep(first, [*overrides, *places, "--multirun"], folder)
+
+
+def _sweep(first: Config, args: list[str], folder: Path) -> int:
+    folder.mkdir(parents=True)
+    uri = first.tracking()
+    parent = MlflowTracker(uri, first.study, f"sweep {folder.name}", home=home()) if uri else None
+    if parent:
+        os.environ[PARENT] = parent.run_id
+        parent.tags({"omr.overrides": " ".join(a for a in args if not a.startswith("hydra.")), "omr.kind": "sweep"})
+    try:
+        code = _launch(args)
+        rows = summaries(folder)
+        files = table.write(rows, folder)
+        print((folder / "table.md").read_text())
+        for row in rows:
+            if row["status"] == "FAILED":
+                print(f"omr: {row['name']} failed: {row['reason'].splitlines()[0]}", file=sys.stderr)
+        if parent:
+            for file in files:
+                parent.artifact(file)
+            parent.end("FINISHED" if code == 0 else "FAILED", "" if code == 0 else "a cell failed")
+    except (KeyboardInterrupt, Terminated):
+        if parent:
+            parent.end("KILLED", "interrupted")
+        raise
+    except BaseException as error:
+        if parent:
+            parent.end("FAILED", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        os.environ.pop(PARENT, None)
+    print(f"table and plot: {folder}")
+    if uri:
+        print(
+            f"compare the runs in the browser: mlflow ui --backend-store-uri {uri}   (then open study {first.study!r})"
+        )
+    return code
+
+
+def summaries(folder: Path) -> list[dict[str, Any]]:
+    """The summary of each cell under a sweep's folder, in cell order."""
+    found = sorted(folder.glob(f"*/{SUMMARY}"), key=lambda p: int(p.parent.name) if p.parent.name.isdigit() else 0)
+    return [json.loads(path.read_text()) for path in found]
+
+
+def hand_to_hydra(args: list[str]) -> int:
+    """Let Hydra parse `args` and call `cell` for each run, or print what a flag like --help asks for."""
+    import hydra
+
+    from omr.config import register_schemas
+
+    register_schemas()
+    sys.argv = ["omr", *compose.with_search_path(args)]
+    with compose.one_line():
+        hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")(cell)()
+    return 0
+
+
+def _launch(args: list[str]) -> int:
+    try:
+        return hand_to_hydra(args)
+    except OmrError as error:
+        if "--multirun" not in args:
+            raise
+        return error.exit_code  # the cell has said why
+    except Exception as error:
+        print(f"omr: internal error: {type(error).__name__}: {error}; traceback in the run's folder", file=sys.stderr)
+        return 1
+
+
+def cell(composed: Any) -> float | None:
+    """One run: typed config, open Run, job. Called by Hydra with the composed config."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    cfg = typed(composed)
+    parent_id = os.environ.get(PARENT)
+    if parent_id and not cfg.rerun and (earlier := _finished_before(cfg)):
+        summary = {
+            "run_id": earlier["id"],
+            "fingerprint": fingerprint(cfg),
+            "status": "SKIPPED",
+            "reason": "finished before",
+            "name": run_name(cfg),
+            "choices": choices(cfg),
+            "metrics": earlier["metrics"],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+        print(f"[{cfg.study}] {run_name(cfg)}: finished before as run {earlier['id'][:8]}, skipped", file=sys.stderr)
+        return None
+    with open_run(cfg, folder, overrides=list(hydra_cfg.overrides.task), parent_id=parent_id) as run:
+        return cfg.job.run(run)
+
+
+def _finished_before(cfg: Config) -> dict[str, Any] | None:
+    uri = cfg.tracking()
+    if uri is None:
+        return None
+    found = MlflowTracker(uri, cfg.study, "", home=home(), run_id=os.environ[PARENT]).finished_runs(
+        cfg.study, fingerprint(cfg)
+    )
+    return found[0] if found else None
