@@ -1,7 +1,7 @@
 """The training loss of a drafter, without ever holding (positions x tokens x V) logits.
 
-    legend   B rows   T tokens   P draft positions (predict_n)   C contexts kept   N_i targets of position i, N their sum
-             H hidden size   D draft vocabulary   R inner size of the head
+    legend   B rows   T tokens   P draft positions (predict_n)   C contexts kept   N_i targets of position i
+             N sum of N_i   H hidden size   D draft vocabulary   R inner size of the head
 
 Draft position i (from 0) at context t reads the base's hidden state t and the embeddings of tokens t+1 .. t+1+i, and
 its target is token t+i+2. The loss is the sum over i of the mean cross-entropy over the targets of position i, with the
