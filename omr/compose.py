@@ -1,8 +1,9 @@
 """From a command line to typed configs: every cell is composed and checked before any cell starts.
 
-Hydra would compose a cell only when its turn comes, so a typo in the last cell would surface hours later. Here the grid is
-expanded first, with Hydra's own parser and sweeper rules, and every cell goes through composition, the unknown-key check
-and all range and combination checks. What Hydra, OmegaConf and YAML raise becomes one line: key, value, nearest choice.
+Hydra would compose a cell only when its turn comes, so a typo in the last cell would surface hours later. Here the grid
+is expanded first, with Hydra's own parser and sweeper rules, and every cell goes through composition, the unknown-key
+check and all range and combination checks. What Hydra, OmegaConf and YAML raise becomes one line: key, value, nearest
+choice.
 """
 
 from __future__ import annotations

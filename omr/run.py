@@ -1,8 +1,8 @@
 """One execution: a typed config, an output folder, the artifact store and the tracker.
 
-`open_run` guarantees how it ends: FINISHED, FAILED with a reason, or KILLED (Ctrl-C, SIGTERM). The fingerprint names what
-was asked for: two runs with the same one would measure the same thing, so a sweep skips a cell that has finished before
-and a killed evaluation continues where it was.
+`open_run` guarantees how it ends: FINISHED, FAILED with a reason, or KILLED (Ctrl-C, SIGTERM). The fingerprint names
+what was asked for: two runs with the same one would measure the same thing, so a sweep skips a cell that has finished
+before and a killed evaluation continues where it was.
 """
 
 from __future__ import annotations

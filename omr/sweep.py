@@ -2,8 +2,8 @@
 
 A sweep is one parent run in MLflow with a child for each cell. The parent, and so the database, is created before the
 first cell: cells that start at the same moment must not race to create it. A cell that fails is reported and the rest
-go on; the exit code at the end is not zero. A cell whose fingerprint has a FINISHED run in the study is not run again: it
-stands in the table with the run it comes from (`rerun=true` insists).
+go on; the exit code at the end is not zero. A cell whose fingerprint has a FINISHED run in the study is not run again:
+it stands in the table with the run it comes from (`rerun=true` insists).
 """
 
 from __future__ import annotations

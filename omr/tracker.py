@@ -28,7 +28,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 METRICS: dict[str, str] = {
     "accuracy/pass_at_1": "share of graded generations that are right, averaged over problems; unanswered is wrong",
-    "accuracy/pass_at_1_low": "lower end of its 95 % interval (bootstrap over problems; Wilson with one generation each)",
+    "accuracy/pass_at_1_low": "lower end of its 95 % interval: bootstrap over problems, Wilson with one generation each",
     "accuracy/pass_at_1_high": "upper end of the same interval",
     "accuracy/pass_at_{k}": "unbiased pass@k over problems with at least k generations (Chen et al. 2021)",
     "accuracy/maj_at_{k}": "share of problems whose majority answer of k generations is right",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from omr.drafter import Drafter
 from omr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omr.drafter import Drafter
 
 
 @dataclass(kw_only=True)
