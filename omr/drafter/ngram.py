@@ -1,0 +1,90 @@
+"""Prompt lookup: draft what followed the last occurrence of the newest tokens. No weights, no training.
+
+Math solutions repeat themselves: numbers of the problem in the code, the printed value in the answer. The longest suffix
+of the sequence, at most `max_ngram` and at least `min_ngram` tokens, that occurred before is looked up, its most recent
+occurrence wins (recent text resembles what comes next more than old text), and the tokens after it are the draft. Where
+they run into the end of the sequence the draft goes on with its own beginning, as if the text were periodic. A sequence
+without a match repeats its newest token: verification takes a fixed number of drafts, and a cheap guess is as good as
+any other.
+
+The search is one `bytes.rfind` per suffix length over the ids packed as int32, so it runs at memory speed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from omr.drafter import Drafter
+from omr.errors import ConfigError
+from omr.option import option
+
+if TYPE_CHECKING:
+    import torch
+
+    from omr.nn.transformer import Transformer
+
+
+@option("drafter", "ngram")
+@dataclass(kw_only=True)
+class Ngram(Drafter):
+    """Looks the newest tokens up in the sequence itself."""
+
+    draft_tok: int = 3
+    """Tokens drafted per step."""
+    max_ngram: int = 4
+    """Longest suffix looked up, in tokens."""
+    min_ngram: int = 1
+    """Shortest suffix looked up, in tokens."""
+
+    def __post_init__(self) -> None:
+        if self.draft_tok < 1:
+            raise ConfigError(f"drafter.draft_tok must be >= 1, got {self.draft_tok}; drafter=none drafts nothing")
+        if not 1 <= self.min_ngram <= self.max_ngram:
+            raise ConfigError(
+                f"drafter.min_ngram={self.min_ngram} and drafter.max_ngram={self.max_ngram} must hold "
+                "1 <= min_ngram <= max_ngram"
+            )
+
+    def load(self, folder: object, base: Transformer) -> PromptLookup:
+        return PromptLookup(self.draft_tok, self.max_ngram, self.min_ngram)
+
+
+class PromptLookup:
+    """The DraftModel of `ngram`."""
+
+    needs_hidden = False
+
+    def __init__(self, num_draft_tok: int, max_ngram: int, min_ngram: int) -> None:
+        self.num_draft_tok, self.max_ngram, self.min_ngram = num_draft_tok, max_ngram, min_ngram
+
+    def propose(
+        self, hidden: torch.Tensor | None, tokens: torch.Tensor, history: Sequence[Sequence[int]] | None
+    ) -> torch.Tensor:
+        """See DraftModel. `history` ends with the newest token."""
+        import torch
+
+        assert history is not None and len(history) == len(tokens), "prompt lookup reads the history"
+        drafts = [lookup(ids, self.num_draft_tok, self.max_ngram, self.min_ngram) for ids in history]
+        return torch.tensor(drafts, dtype=torch.int64, device=tokens.device)
+
+
+def lookup(ids: Sequence[int], num_draft_tok: int, max_ngram: int, min_ngram: int) -> list[int]:
+    """Draft `num_draft_tok` ids after `ids` (not empty).
+
+    lookup([5, 6, 7, 8, 5, 6], 3, 4, 1) == [7, 8, 5]: the suffix 5 6 occurred before, 7 8 5 6 followed.
+    """
+    data = array("i", ids).tobytes()
+    size, end = 4, len(data)
+    for n in range(min(max_ngram, len(ids) - 1), min_ngram - 1, -1):
+        suffix = data[end - n * size :]
+        at = data.rfind(suffix, 0, end - size)
+        while at % size and at > 0:  # a match across the border of two ids is none
+            at = data.rfind(suffix, 0, at + len(suffix) - 1)
+        if at >= 0 and at % size == 0:
+            start = at // size + n
+            period = len(ids) - start
+            return [ids[start + i % period] for i in range(num_draft_tok)]
+    return [ids[-1]] * num_draft_tok
