@@ -135,7 +135,7 @@ def drafter(run: Run) -> Made | None:
     def make(out: Path) -> Any:
         return run_verb(
             option,
-            "train",
+            "fit",
             {"base": base.path, "text": rows.path, "out": out, "device": run.cfg.device_name()},
             log=run.folder / "logs" / "train.log",
         )

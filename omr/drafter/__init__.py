@@ -1,6 +1,7 @@
 """Drafters: what proposes tokens for the target to verify. One module per option.
 
-A drafter has two sides: `train` writes weights (in a child process), `load` gives the engine a DraftModel.
+A drafter has two sides: `fit` writes weights (in a child process), `load` gives the engine a DraftModel. The verb is not
+called `train` because that is the field of a trained drafter's recipe: `drafter.train.lr`.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class Drafter:
     option_name: ClassVar[str]
     REVISION: ClassVar[int] = 1
     trained: ClassVar[bool] = False
-    """True when `train` must have run: the pipeline then gives `load` the trained folder."""
+    """True when `fit` must have run: the pipeline then gives `load` the trained folder."""
 
-    def train(self, base: Path, text: Path, out: Path, device: str) -> dict[str, float]:
+    def fit(self, base: Path, text: Path, out: Path, device: str) -> dict[str, float]:
         """Train for the checkpoint `base` on the parquet `text`; write safetensors, config and curve into `out`.
 
         `text` has columns `text` (str) and `spans` (list of [start, end) character ranges written by the model).
@@ -63,7 +64,7 @@ class Drafter:
         raise TypeError(f"{type(self).__name__} is not trained")
 
     def text_rows(self) -> int:
-        """Rows of training text that `train` wants; 0 when it is not trained."""
+        """Rows of training text that `fit` wants; 0 when it is not trained."""
         return 0
 
     def load(self, folder: Path | None, base: Transformer) -> DraftModel | None:
