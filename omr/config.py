@@ -100,14 +100,17 @@ class Config:
 
     def tracking(self) -> str | None:
         """The MLflow URI with the default filled in."""
-        if self.tracking_uri == "sqlite":
-            return f"sqlite:///{home() / 'mlflow.db'}"
-        return self.tracking_uri
+        return default_tracking() if self.tracking_uri == "sqlite" else self.tracking_uri
 
 
 def home() -> Path:
     """Where artifacts, runs and the tracking database go: OMR_HOME, else the working folder."""
     return Path(os.environ.get("OMR_HOME") or ".").resolve()
+
+
+def default_tracking() -> str:
+    """The MLflow URI of the local database."""
+    return f"sqlite:///{home() / 'mlflow.db'}"
 
 
 def has_gpu() -> bool:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -161,7 +162,7 @@ def _describe(run: Run, overrides: list[str]) -> None:
         {f"choice.{group}": name for group, name in choices(run.cfg).items()}
         | {
             "omr.fingerprint": run.fingerprint,
-            "omr.overrides": " ".join(overrides),
+            "omr.overrides": shlex.join(overrides),
             "omr.folder": str(run.folder),
             "omr.version": __version__,
             "python": platform.python_version(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,21 @@ PARENT = "OMR_PARENT_RUN"
 
 def run_all(overrides: list[str], *, multirun: bool) -> int:
     """Check, run and tabulate what the command line asks for; the exit code."""
+    plan = checked(overrides, multirun=multirun)
+    if plan is None:
+        return 2
+    first = plan.cells[0].cfg
+    folder = home() / "multirun" / first.study / time.strftime("%Y-%m-%d_%H-%M-%S")
+    while folder.exists():
+        folder = folder.with_name(f"{folder.name}x")
+    places = [f"hydra.run.dir={folder}/0", f"hydra.sweep.dir={folder}"]
+    if not plan.multirun:
+        return _launch([*overrides, *places])
+    return _sweep(first, [*overrides, *places, "--multirun"], folder)
+
+
+def checked(overrides: list[str], *, multirun: bool) -> compose.Plan | None:
+    """Every cell composed and passed by preflight, or None with a line on stderr for each that was refused."""
     plan = compose.plan(overrides, multirun=multirun)
     refused = list(plan.refused)
     for at, cell in enumerate(plan.cells):
@@ -40,15 +56,8 @@ def run_all(overrides: list[str], *, multirun: bool) -> int:
             print(f"omr: {line}", file=sys.stderr)
         if plan.multirun:
             print(f"omr: {len(refused)} cell(s) refused, nothing was started", file=sys.stderr)
-        return 2
-    first = plan.cells[0].cfg
-    folder = home() / "multirun" / first.study / time.strftime("%Y-%m-%d_%H-%M-%S")
-    while folder.exists():
-        folder = folder.with_name(f"{folder.name}x")
-    places = [f"hydra.run.dir={folder}/0", f"hydra.sweep.dir={folder}"]
-    if not plan.multirun:
-        return _launch([*overrides, *places])
-    return _sweep(first, [*overrides, *places, "--multirun"], folder)
+        return None
+    return plan
 
 
 def _sweep(first: Config, args: list[str], folder: Path) -> int:
@@ -57,7 +66,9 @@ def _sweep(first: Config, args: list[str], folder: Path) -> int:
     parent = MlflowTracker(uri, first.study, f"sweep {folder.name}", home=home()) if uri else None
     if parent:
         os.environ[PARENT] = parent.run_id
-        parent.tags({"omr.overrides": " ".join(a for a in args if not a.startswith("hydra.")), "omr.kind": "sweep"})
+        parent.tags(
+            {"omr.overrides": shlex.join(a for a in args if not a.startswith(("hydra.", "--"))), "omr.kind": "sweep"}
+        )
     try:
         code = _launch(args)
         rows = summaries(folder)

@@ -28,7 +28,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 METRICS: dict[str, str] = {
     "accuracy/pass_at_1": "share of graded generations that are right, averaged over problems; unanswered is wrong",
-    "accuracy/pass_at_1_low": "lower end of its 95 % interval: bootstrap over problems, Wilson with one generation each",
+    "accuracy/pass_at_1_low": "lower end of its 95 % interval (bootstrap over problems; Wilson if n = 1)",
     "accuracy/pass_at_1_high": "upper end of the same interval",
     "accuracy/pass_at_{k}": "unbiased pass@k over problems with at least k generations (Chen et al. 2021)",
     "accuracy/maj_at_{k}": "share of problems whose majority answer of k generations is right",
@@ -216,6 +216,13 @@ def study_runs(uri: str, study: str, home: Path) -> list[dict[str, Any]]:
         token = page.token
         if not token:
             return [_as_dict(run) for run in runs]
+
+
+def studies(uri: str, home: Path) -> dict[str, int]:
+    """Study names with their number of runs, those without runs left out."""
+    client = _client(uri, home)
+    counts = {e.name: len(client.search_runs([e.experiment_id], max_results=5000)) for e in client.search_experiments()}
+    return {name: count for name, count in sorted(counts.items()) if count}
 
 
 def get_run(uri: str, run_id: str, home: Path) -> dict[str, Any]:
