@@ -1,0 +1,421 @@
+"""One generation with tools: write until a call, run it, hand back the output, go on.
+
+    prompt --> model writes ... <tool_call> code </tool_call>          the engine stops at the end tag
+                      sandbox runs the code in this generation's session
+           --> model goes on from prompt + text + output block ...     same prefix, so the KV cache is reused
+                      ... \\boxed{7} and its end of turn
+
+The loop works over any server that completes text, so it relies on little: an engine may show the stop string, hide it
+and name it as `stop_reason`, or hide it without a word; and it may overshoot it. All four end up as the same text.
+
+Budgets: tokens (what the model writes and what the harness appends, counted with the model's tokenizer), code
+executions, seconds. When executions run out the model may still write; a further call is not run and ends the
+generation. What goes wrong outside the model is a counted event, not an exception: a stream that drops is taken up
+again from the text so far, a sandbox that dies answers with an error text and the next block gets a new session. Only
+cancellation leaves `run` as an exception, after the stream and the session have been closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from omr.errors import OmrError, UserError
+from omr.sampling import Sampling
+from omr.sandbox import Outcome, SandboxClient, Session
+from omr.solve.answer import last_boxed
+from omr.solve.prompt import CodeTags, remaining_notice
+
+Finish = Literal["stop", "length", "time", "code_limit", "repetition", "boxed", "error", "cancelled"]
+"""stop: the model ended its turn. length: tokens or context ran out. time: seconds ran out. code_limit: it wrote a call
+beyond its executions. repetition: it repeats itself. boxed: ended by us at its answer. error: the server failed."""
+
+MAX_DROPS = 3
+"""Streams that may drop in a row without a new token before the generation is given up."""
+MAX_STRAY_STOPS = 16
+"""End tags without a begin (an ordinary fence in Markdown) that are passed over."""
+REPEATS, REPEAT_CHARS = 20, 2000
+"""A tail of so many characters made of at least so many equal periods is a loop."""
+REPEATED_CODE = 3
+"""The same block with the same output so many times in a row is a loop."""
+OUTPUT_CUT = "<output cut>"
+
+
+class Streaming(Protocol):
+    """What the loop needs of `omr.client.Chunk`."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str | None
+    stop_reason: Any
+
+
+class Completer(Protocol):
+    """What the loop needs of `omr.client.Client`. Closing the generator cancels the request on the server."""
+
+    def stream_completion(
+        self, prompt: str, sampling: Sampling, *, stop: list[str], max_tokens: int, seed: int
+    ) -> AsyncGenerator[Any, None]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one generation may use."""
+
+    max_tokens: int
+    """Model-written tokens and tool output together."""
+    context_tokens: int
+    """Prompt, text and tool output together."""
+    code_executions: int = 8
+    """0 is plain reasoning: no stop tag, nothing is run."""
+    code_timeout_s: float | None = None
+    """Per block; None is the sandbox's own."""
+    output_chars: int = 1000
+    seconds: float | None = None
+    remaining_notice: bool = False
+    """Tell the model after each block how many executions it has left."""
+    stop_at_boxed: bool = False
+    """End at the brace that closes an answer outside code."""
+    stop_on_repetition: bool = True
+
+
+@dataclass(kw_only=True)
+class Transcript:
+    """One generation: what was written, run and counted. `run` fills it; a cancelled one keeps what it had."""
+
+    prompt: str
+    prompt_tokens: int
+    seed: int
+    sampling: Sampling
+    limits: Limits
+    tags: CodeTags | None
+    """None is plain reasoning, as is `limits.code_executions` 0."""
+    count_tokens: Callable[[str], int]
+
+    text: str = ""
+    """Everything after the prompt, output blocks included."""
+    finish_reason: Finish | None = None
+    """None until `run` returns."""
+    error: str | None = None
+    num_tokens: int = 0
+    """Written by the model."""
+    tool_tokens: int = 0
+    """Appended by the harness."""
+    rounds: int = 0
+    """Requests sent."""
+    code_runs: int = 0
+    code_errors: int = 0
+    code_timeouts: int = 0
+    code_seconds: float = 0.0
+    sandbox_failures: int = 0
+    stream_drops: int = 0
+    started: float = 0.0
+    """Wall clock (epoch seconds), as `ended`."""
+    ended: float = 0.0
+    seconds: float = 0.0
+    ttft_s: float | None = None
+    """First request sent to its first token."""
+    tpot_s: list[float] = field(default_factory=list)
+    """Of each request with more than one token."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """In order: text, code, output, drop and sandbox failure, with times relative to `started`."""
+
+    _clock: float = 0.0
+    _session: Session | None = None
+    _checked: int = 0
+    _last_code: tuple[str, str] = ("", "")
+    _same_code: int = 0
+
+    @property
+    def answer(self) -> str | None:
+        return last_boxed(self.text)
+
+    @property
+    def truncated(self) -> bool:
+        """Cut off by a budget rather than ended by the model."""
+        return self.finish_reason in ("length", "time", "code_limit", "repetition")
+
+    async def run(self, client: Completer, sandbox: SandboxClient | None) -> None:
+        """Generate to the end. Raises CancelledError only; every other end is `finish_reason`."""
+        self.started, self._clock = time.time(), time.perf_counter()
+        try:
+            async with asyncio.timeout(self.limits.seconds) as clock:
+                self.finish_reason = await self._loop(client, sandbox)
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            self.finish_reason = "time"
+        except asyncio.CancelledError:
+            self.finish_reason = "cancelled"
+            raise
+        finally:
+            self.seconds, self.ended = self._now(), time.time()
+            if self._session is not None:
+                session, self._session = self._session, None
+                await asyncio.shield(_close(session))
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._clock
+
+    async def _loop(self, client: Completer, sandbox: SandboxClient | None) -> Finish:
+        tools = self.tags is not None and sandbox is not None and self.limits.code_executions > 0
+        tags = self.tags if tools else None
+        drops = stray = 0
+        while True:
+            room = min(
+                self.limits.max_tokens - self.num_tokens - self.tool_tokens,
+                self.limits.context_tokens - self.prompt_tokens - self.num_tokens - self.tool_tokens,
+            )
+            if room <= 0:
+                return "length"
+            before = self.num_tokens
+            try:
+                ended = await self._write(client, tags, room)
+            except UserError as error:  # the request itself is refused: asking again cannot help
+                return "length" if _is_overflow(error) else self._failed(error)
+            except OmrError as error:
+                self.stream_drops += 1
+                drops = 1 if self.num_tokens > before else drops + 1
+                self.events.append({"type": "drop", "error": str(error), "at_s": round(self._now(), 4)})
+                if drops >= MAX_DROPS:
+                    return self._failed(error)
+                if tags:
+                    self._drop_partial(tags.end)
+                await asyncio.sleep(0.2 * 2**drops)
+                continue
+            drops = 0
+            if ended != "tag":
+                return ended
+            assert tags is not None and sandbox is not None
+            code = self._open_code(tags)
+            if code is None:
+                stray += 1
+                if stray > MAX_STRAY_STOPS:
+                    return "repetition"
+                continue
+            if self.code_runs >= self.limits.code_executions:
+                return "code_limit"
+            if not await self._execute(code, tags, sandbox):
+                return "repetition"
+
+    def _drop_partial(self, tag: str) -> None:
+        """Take back a tag that a broken stream left half written: no server would match its second half."""
+        for size in range(len(tag) - 1, 0, -1):
+            if self.text.endswith(tag[:size]):
+                self.text = self.text[:-size]
+                return
+
+    def _failed(self, error: OmrError) -> Finish:
+        self.error = str(error)
+        return "error"
+
+    async def _write(self, client: Completer, tags: CodeTags | None, room: int) -> Finish | Literal["tag"]:
+        """One request; "tag" when it stopped at the end tag, which is then the end of `text`."""
+        end = tags.end if tags else ""
+        start, sent = len(self.text), self._now()
+        first: float | None = None
+        tokens, reason, named = 0, None, None
+        found: Finish | Literal["tag"] | None = None
+        pieces: list[str] = []
+        tail = ""
+        seed = round_seed(self.seed, self.rounds)
+        self.rounds += 1
+        stream = client.stream_completion(
+            self.prompt + self.text,
+            self.sampling,
+            stop=[end] if end else [],
+            max_tokens=room,
+            seed=seed,
+        )
+        try:
+            async with aclosing(stream):
+                async for chunk in stream:
+                    if first is None and (chunk.num_tokens or chunk.text):
+                        first = self._now()
+                    tokens += chunk.num_tokens
+                    self.num_tokens += chunk.num_tokens
+                    reason = chunk.finish_reason or reason
+                    named = chunk.stop_reason if chunk.stop_reason is not None else named
+                    if chunk.text:
+                        pieces.append(chunk.text)
+                        tail = tail[-256:] + chunk.text
+                        found = self._ends_here(pieces, tail, chunk.text, start, tags)
+                        if found:
+                            break
+        finally:
+            self.text += "".join(pieces)
+            took = self._now()
+            if self.ttft_s is None and first is not None:
+                self.ttft_s = first - sent
+            if first is not None and tokens > 1:
+                self.tpot_s.append((took - first) / (tokens - 1))
+            event = {
+                "type": "text",
+                "text": self.text[start:],
+                "tokens": tokens,
+                "sent_s": round(sent, 4),
+                "first_token_s": None if first is None else round(first, 4),
+                "end_s": round(took, 4),
+                "finish_reason": reason,
+                "stop_reason": named if isinstance(named, str | int | None) else str(named),
+                "seed": seed,
+            }
+            self.events.append(event)
+        if found == "tag":
+            at = self.text.index(end, start) + len(end)  # an engine may run past the tag
+            self.text = self.text[:at]
+        elif end and found is None and self._stop_was_hidden(start, reason, named, tags):
+            self.text += end
+            found = "tag"
+        event["text"] = self.text[start:]
+        if found:
+            return found
+        return "length" if reason == "length" else "stop"
+
+    def _ends_here(
+        self, pieces: list[str], tail: str, new: str, start: int, tags: CodeTags | None
+    ) -> Finish | Literal["tag"] | None:
+        """Whether the text just received ends this request. Runs once a chunk: cheap tests first."""
+        if tags and tags.end in tail and tags.end in "".join(pieces):
+            return "tag"
+        if self.limits.stop_at_boxed and "}" in new and last_boxed(tail) is not None:
+            written = self.text[:start] + "".join(pieces)
+            if tags is None or written.count(tags.begin) <= written.count(tags.end):
+                return "boxed"
+        self._checked += len(new)
+        if self.limits.stop_on_repetition and self._checked >= 512:
+            self._checked = 0
+            if is_loop("".join(pieces)):
+                return "repetition"
+        return None
+
+    def _stop_was_hidden(self, start: int, reason: str | None, named: Any, tags: CodeTags | None) -> bool:
+        assert tags is not None
+        if reason != "stop":
+            return False
+        if isinstance(named, str):
+            return named == tags.end
+        # Nothing was named: an open block means that the tag fired. (`named` is an int for a stop token's id.)
+        return self._open_block(tags, len(self.text)) is not None
+
+    def _open_block(self, tags: CodeTags, end: int) -> int | None:
+        """Where the code begins that is open at `end`; None when no block is."""
+        begin = self.text.rfind(tags.begin, 0, end)
+        if begin < 0 or begin < self.text.rfind(tags.end, 0, end):
+            return None
+        return begin + len(tags.begin)
+
+    def _open_code(self, tags: CodeTags) -> str | None:
+        """The code of the block that the text ends with."""
+        close = len(self.text) - len(tags.end)
+        begin = self._open_block(tags, close)
+        return None if begin is None else self.text[begin:close]
+
+    async def _execute(self, code: str, tags: CodeTags, sandbox: SandboxClient) -> bool:
+        """Run a block and append its output; False when it is one repetition too many."""
+        at = self._now()
+        outcome: Outcome
+        try:
+            if self._session is None:
+                self._session = sandbox.session()
+            outcome = await self._session.execute(code.strip("\n"), self.limits.code_timeout_s)
+        except (OmrError, OSError) as error:  # the sandbox itself broke: the model is told, the run goes on
+            self.sandbox_failures += 1
+            outcome = Outcome(status="error", stdout="The code could not be run: the interpreter is gone.\n")
+            outcome.state_lost = True
+            self.events.append({"type": "sandbox_failure", "error": str(error), "at_s": round(at, 4)})
+            if self._session is not None:
+                session, self._session = self._session, None
+                await _close(session)
+        self.code_runs += 1
+        self.code_seconds += self._now() - at
+        self.code_errors += outcome.status != "completed"
+        self.code_timeouts += outcome.status == "timeout"
+        remaining = self.limits.code_executions - self.code_runs
+        notice = remaining_notice(remaining) if self.limits.remaining_notice else ""
+        stdout, stderr = (self._printable(text) for text in (outcome.stdout, outcome.stderr))
+        block = tags.output_block(outcome.status, stdout, stderr, notice)
+        self.text += block
+        tokens = self.count_tokens(block)
+        self.tool_tokens += tokens
+        self.events.append(
+            {
+                "type": "code",
+                "code": code,
+                "status": outcome.status,
+                "stdout": stdout,
+                "stderr": stderr,
+                "state_lost": outcome.state_lost,
+                "at_s": round(at, 4),
+                "end_s": round(self._now(), 4),
+            }
+        )
+        self.events.append({"type": "output", "text": block, "tokens": tokens})
+        ran = (code.strip(), stdout + stderr)
+        self._same_code = self._same_code + 1 if ran == self._last_code else 1
+        self._last_code = ran
+        return not (self.limits.stop_on_repetition and self._same_code >= REPEATED_CODE)
+
+    def _printable(self, output: str) -> str:
+        """Output within the limit that any tokenizer and file can take: no NUL, no lone surrogate."""
+        limit = self.limits.output_chars
+        if len(output) > limit + len(OUTPUT_CUT) + 1:
+            output = output[:limit] + OUTPUT_CUT
+        return output.replace("\0", "�").encode("utf-8", "replace").decode("utf-8")
+
+    def row(self) -> dict[str, Any]:
+        """The counts under the names that NeMo-Skills gives them in its output files, and our own beside them."""
+        return {
+            "generation": self.text,
+            "predicted_answer": self.answer,
+            "finish_reason": self.finish_reason,
+            "num_generated_tokens": self.num_tokens,
+            "num_tool_tokens": self.tool_tokens,
+            "num_prompt_tokens": self.prompt_tokens,
+            "generation_start_time": self.started,
+            "generation_end_time": self.ended,
+            "generation_time": self.seconds,
+            "code_rounds_executed": self.code_runs,
+            "code_execution_time": self.code_seconds,
+            "num_code_timeouts": self.code_timeouts,
+            "num_code_errors": self.code_errors,
+            "stopped_on_repetition": self.finish_reason == "repetition",
+            "sandbox_failures": self.sandbox_failures,
+            "stream_drops": self.stream_drops,
+            "rounds": self.rounds,
+            "random_seed": self.seed,
+            "ttft_s": self.ttft_s,
+            "tpot_s": self.tpot_s,
+        } | ({"error": self.error} if self.error else {})
+
+
+def round_seed(seed: int, round_index: int) -> int:
+    """Seed of a generation's requests: its own for the first, others derived: no round replays another's draws."""
+    return seed if round_index == 0 else (seed * 1_000_003 + round_index * 7_919_317) % 2**31
+
+
+def is_loop(text: str) -> bool:
+    """Whether `text` ends in at least REPEATS equal periods that fill REPEAT_CHARS characters."""
+    if len(text) < REPEAT_CHARS:
+        return False
+    tail = text[-REPEAT_CHARS:]
+    probe = tail[-16:]
+    before = tail.rfind(probe, 0, len(tail) - 1)
+    period = len(tail) - 16 - before
+    return before >= 0 and period * REPEATS <= REPEAT_CHARS and tail[period:] == tail[:-period]
+
+
+def _is_overflow(error: UserError) -> bool:
+    text = str(error)
+    return "context length" in text or "max_tokens must be" in text
+
+
+async def _close(session: Session) -> None:
+    try:
+        await session.close()
+    except (OmrError, OSError):
+        return  # it was dead already, which is what closing is for
