@@ -183,8 +183,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"the tokenizer of {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def read_rows(source: TextSource, num_rows: int) -> Iterator[tuple[str, str]]:
-    """The first `num_rows` (problem, solution) with both parts, in the order of the file or hub dataset.
+def read_rows(source: TextSource, limit: int) -> Iterator[tuple[str, str]]:
+    """The first `limit` (problem, solution) with both parts, in the order of the file or hub dataset.
 
     Fewer come out when the source ends early. Raises InputError for a missing, unreadable or wrongly shaped source.
     """
@@ -197,7 +197,7 @@ def read_rows(source: TextSource, num_rows: int) -> Iterator[tuple[str, str]]:
         raise InputError("no text to read: set one of model.text.path, model.text.hub, model.text.corpus")
     wanted = (source.problem_key, source.solution_key)
     pairs = (pair for path in files for pair in _read_file(path, wanted))
-    return islice(((p, s) for p, s in pairs if p.strip() and s.strip()), num_rows)
+    return islice(((p, s) for p, s in pairs if p.strip() and s.strip()), limit)
 
 
 def source_key(source: TextSource) -> dict[str, str]:
@@ -231,7 +231,12 @@ def _hub_files(source: TextSource) -> Iterator[Path]:
             f"dataset {source.hub}@{commit[:8]} has no parquet or jsonl file of split {source.split!r}{hint}; "
             "set model.text.split"
         )
-    for name in chosen:
+    for number, name in enumerate(chosen):
+        part = re.search(r"-(\d{5})-of-\d{5}\.", name)
+        if part and int(part[1]) != number:  # offline, and the cache has later parts only
+            raise InputError(
+                f"part {number} of {source.hub} split {source.split} is not in the hub cache; unset HF_HUB_OFFLINE"
+            )
         yield hub.file(source.hub, commit, name, "dataset")
 
 

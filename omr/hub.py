@@ -49,10 +49,10 @@ def resolve_revision(repo: str, revision: str | None, repo_type: RepoType = "mod
 
 def list_files(repo: str, commit: str, repo_type: RepoType) -> list[str]:
     """File names of a repository at a commit, sorted. Offline: those that are in the cache."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     if is_offline():
-        root = snapshot(repo, commit, ["*"], repo_type)
+        root = Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}" / "snapshots" / commit
         return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
     with one_line_errors(repo, repo_type):
         return sorted(HfApi().list_repo_files(repo, revision=commit, repo_type=repo_type))

@@ -13,11 +13,11 @@ class TextSource:
 
     corpus: bool = False
     """Generate them with omr's synthetic corpus (the embedded model's training text)."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"content": False})  # its digest is keyed instead
     """A jsonl or parquet file (jsonl may be gzipped)."""
     hub: str | None = None
     """A Hugging Face dataset, for example nvidia/OpenMathReasoning."""
-    revision: str | None = None
+    revision: str | None = field(default=None, metadata={"content": False})  # the resolved hash is keyed instead
     """Full commit hash of the dataset; null resolves main when it is fetched and records what it was."""
     split: str = "train"
     problem_key: str = "problem"
