@@ -1,0 +1,137 @@
+"""Every choice and every experiment composes; what cannot be run as written gets one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from omr.compose import Plan, conf_dir, plan
+from omr.config import VALUES, Config
+from omr.errors import ConfigError
+from omr.option import GROUPS, discover, fields_of, from_fields
+
+CONF = conf_dir()
+EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+CHOICES = [(g, p.stem) for g in (*GROUPS, *VALUES) for p in sorted((CONF / g).glob("*.yaml"))]
+
+HOSTS = {"redrafter": "native", "ngram": "native", "suffix": "native", "draft_model": "native"}
+
+
+def one(*overrides: str) -> Config:
+    made = plan(list(overrides), multirun=False)
+    assert not made.refused, made.refused
+    return made.cells[0].cfg
+
+
+def refusal(*overrides: str, multirun: bool = False) -> str:
+    try:
+        made: Plan = plan(list(overrides), multirun=multirun)
+    except ConfigError as error:
+        return str(error)
+    assert made.refused, "it composed"
+    return made.refused[0]
+
+
+def test_every_option_has_a_yaml_and_every_yaml_an_option() -> None:
+    without = [f"{g}/{n}" for g, n in discover() if not (CONF / g / f"{n}.yaml").exists()]
+    assert not without
+    for group in (*GROUPS, *VALUES):
+        assert (CONF / group).is_dir()
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: str(v))
+def test_every_choice_composes(group: str, choice: str) -> None:
+    overrides = [f"{group}={choice}"]
+    if group == "drafter":  # a drafter needs a server that has it
+        name = one(f"server={HOSTS[choice]}", *overrides) if choice in HOSTS else None
+        if name is not None:
+            return
+        runs = [n for (g, n), cls in discover().items() if g == "server" and choice in cls.runs_drafter]
+        assert runs, f"no server runs drafter={choice}"
+        overrides.append(f"server={runs[0]}")
+    cfg = one(*overrides)
+    if group in GROUPS:
+        option = getattr(cfg, group)
+        assert from_fields(type(option), fields_of(option)) == option
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name: str) -> None:
+    assert isinstance(one(f"+experiment={name}"), Config)
+
+
+def test_the_bare_command_is_the_embedded_default() -> None:
+    cfg = one()
+    assert (cfg.model.name, cfg.server.option_name, cfg.job.option_name) == ("tiny", "native", "eval")
+    assert cfg.server.host == "127.0.0.1"
+
+
+def test_the_quickstart_is_exactly_three_cells() -> None:
+    made = plan(["+quickstart=sweep"], multirun=False)
+    assert made.multirun and not made.refused
+    cells = [(c.cfg.quant.option_name, c.cfg.drafter.option_name, c.cfg.study) for c in made.cells]
+    assert cells == [("bf16", "none", "quickstart"), ("fp8", "none", "quickstart"), ("fp8", "redrafter", "quickstart")]
+
+
+def test_a_grid_is_expanded() -> None:
+    made = plan(
+        ["+experiment=fp8_redrafter", "quant=bf16,fp8,int8_wo", "drafter=none,redrafter"],
+        multirun=True,
+    )
+    assert not made.refused and len(made.cells) == 6
+
+
+def test_an_experiment_is_hardware_neutral() -> None:
+    cfg = one("+experiment=fp8_redrafter", "model=openmath_nemotron_14b_kaggle", "server=trtllm")
+    assert cfg.server.option_name == "trtllm" and cfg.drafter.option_name == "redrafter"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["quant=fp9"], "quant=fp9: no such choice; did you mean fp8?"),
+        (["qunt=fp8"], "qunt: no such group or key; did you mean quant?"),
+        (["quant=fp8", "quant.clib_samples=3"], "quant.clib_samples: no such key; did you mean quant.calib_samples?"),
+        (["server.port=foo"], "server.port: Value 'foo' of type 'str' could not be converted to Integer"),
+        (["server.port=99999"], "server.port must be 0 (any free port) to 65535, got 99999"),
+        (["+quant.clp=0.9"], "quant.clp"),
+        (["+nonsense=1"], "nonsense"),
+        (["+experiment=fp8_redraftr"], "did you mean fp8_redrafter?"),
+        (["sampling.temperature=-1"], "sampling.temperature must be >= 0, got -1"),
+        (["drafter=redrafter", "server=vllm"], "server=vllm cannot run drafter=redrafter"),
+        (["quant=int4", "server=trtllm"], "server=trtllm cannot run quant=int4"),
+        (["model.prompt=generic/maths"], "did you mean generic/math?"),
+        (["sampling.max_tokens=2048"], "leaves no room for a prompt"),
+        (["quant=bf16,fp8"], "add --multirun"),
+        (["study=../up"], "study must be a plain folder name"),
+        (["a b c"], "a b c"),
+        (["device=tpu"], "device"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_mistake_is_one_line(overrides: list[str], says: str) -> None:
+    line = refusal(*overrides)
+    assert says in line, line
+    assert "\n" not in line and "Traceback" not in line
+
+
+def test_one_bad_cell_is_named_before_anything_starts() -> None:
+    made = plan(["quant=bf16,fp8", "drafter=none,redrafter", "server=native,vllm"], multirun=True)
+    assert made.refused and len(made.cells) + len(made.refused) == 8
+    assert all("server=vllm" in line for line in made.refused)
+
+
+def test_a_broken_yaml_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nstudy: [unclosed\n")
+    monkeypatch.chdir(tmp_path)
+    line = refusal("+experiment=mine")
+    assert "mine.yaml" in line and "\n" not in line
+
+
+def test_own_experiments_are_found_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nstudy: mine\n")
+    monkeypatch.chdir(tmp_path)
+    assert one("+experiment=mine").study == "mine"
