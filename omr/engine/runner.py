@@ -1,0 +1,172 @@
+"""Runs a step on the model: builds its tensors, calls the decoder, draws tokens, drafts and verifies.
+
+This is the form that works on every device, one torch call after the other. `omr.engine.graphs` replays the decode step
+as a CUDA graph and falls back to this one for requests with penalties or log-probabilities.
+
+Speculation. The drafter proposes n tokens after each sequence's newest. One forward over newest + drafts gives logits
+at 1 + n positions; the sampler draws the target's own token at each; drafts are followed while they agree. So a step
+adds the agreed drafts and the first token drawn off their path, exactly the tokens that plain decoding would draw.
+Keys and values of rejected drafts stay in the cache past the sequence's computed length and are written over when
+their positions come.
+
+Shapes: B sequences, Q = 1 + n tokens each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from omr.drafter import DraftModel
+from omr.engine import sampler
+from omr.engine.request import Sequence, TokenLogprob
+from omr.engine.scheduler import Chunk
+from omr.nn.decoder import Decoder
+from omr.nn.paged import NULL_BLOCK, KVCache, Padded, Part, Ragged
+
+
+@dataclass(kw_only=True)
+class Drawn:
+    """What a step drew for one sequence."""
+
+    seq: Sequence
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    drafted: int = 0
+    """Draft tokens verified for it."""
+
+
+class Runner:
+    def __init__(self, decoder: Decoder, cache: KVCache, *, max_batch_size: int, draft: DraftModel | None) -> None:
+        self.decoder, self.cache, self.draft = decoder, cache, draft
+        self.device = decoder.device
+        self.vocab_size = decoder.config.vocab_size
+        # Final-norm state at the position that predicted each row's newest token; the drafter starts from it.
+        self.hidden = torch.zeros(max_batch_size, decoder.config.hidden_size, dtype=decoder.dtype, device=self.device)
+        self._laws: dict[int, tuple[list[str], sampler.Law]] = {}
+
+    @torch.inference_mode()
+    def prefill(self, chunks: list[Chunk]) -> list[Drawn]:
+        """Compute the chunks' keys and values; a first token for every sequence whose prefill is now complete."""
+        tokens, positions, slots, parts = [], [], [], []
+        for chunk in chunks:
+            seq, start = chunk.seq, chunk.seq.num_computed
+            end = start + chunk.length
+            all_slots = self._slots(seq, 0, end)
+            parts.append(
+                Part(
+                    start=len(tokens),
+                    length=chunk.length,
+                    context=start,
+                    slots=torch.tensor(all_slots, device=self.device) if start else None,
+                )
+            )
+            tokens += seq.tokens[start:end]
+            positions += range(start, end)
+            slots += all_slots[start:]
+        batch = Ragged(cache=self.cache, slots=self._ids(slots), parts=parts)
+        hidden = self.decoder.forward(self._ids(tokens), self._ids(positions), batch)
+        done = [
+            (chunk.seq, part.start + part.length - 1) for chunk, part in zip(chunks, parts, strict=True) if chunk.last
+        ]
+        if not done:
+            return []
+        last = hidden.index_select(0, self._ids([row for _, row in done]))
+        seqs = [seq for seq, _ in done]
+        self.hidden[self._ids([seq.row for seq in seqs])] = last
+        rows = self._draw(seqs, last, 1, None)
+        return [Drawn(seq=seq, tokens=row[0], logprobs=row[1]) for seq, row in zip(seqs, rows, strict=True)]
+
+    @torch.inference_mode()
+    def decode(self, seqs: list[Sequence]) -> list[Drawn]:
+        """One step of decoding sequences: one new token each, or more where drafts agree."""
+        drafts = self._propose(seqs) if self.draft and any(seq.request.speculate for seq in seqs) else None
+        new = 1 if drafts is None else 1 + drafts.shape[1]
+        starts = [len(seq.tokens) - 1 for seq in seqs]
+        longest = max(starts) + new - 1
+        size = self.cache.block_size
+        width = longest // size + 1
+        positions = [list(range(start, start + new)) for start in starts]
+        tables = [(seq.blocks + [NULL_BLOCK] * (width - len(seq.blocks)))[:width] for seq in seqs]
+        slots = [table[p // size] * size + p % size for table, row in zip(tables, positions, strict=True) for p in row]
+        newest = self._ids([seq.tokens[-1] for seq in seqs])
+        tokens = newest if drafts is None else torch.cat([newest[:, None], drafts], 1).flatten()
+        positions_ = self._ids(positions)
+        batch = Padded(self.cache, self._ids(tables), positions_, self._ids(slots), longest)
+        hidden = self.decoder.forward(tokens, positions_.flatten(), batch)
+        rows = self._draw(seqs, hidden, new, drafts)
+        drawn = []
+        for index, (seq, (row, logprobs)) in enumerate(zip(seqs, rows, strict=True)):
+            drafted = 0 if drafts is None or not seq.request.speculate else new - 1
+            drawn.append(Drawn(seq=seq, tokens=row, logprobs=logprobs, drafted=drafted))
+            starts[index] = index * new + len(row) - 1
+        if self.draft is not None:
+            self.hidden[self._ids([seq.row for seq in seqs])] = hidden.index_select(0, self._ids(starts))
+        return drawn
+
+    def _propose(self, seqs: list[Sequence]) -> torch.Tensor:
+        """Drafts (B, n) int64."""
+        assert self.draft is not None
+        newest = self._ids([seq.tokens[-1] for seq in seqs])
+        if self.draft.needs_hidden:
+            return self.draft.propose(self.hidden.index_select(0, self._ids([seq.row for seq in seqs])), newest, None)
+        return self.draft.propose(None, newest, [seq.tokens for seq in seqs])
+
+    def _draw(
+        self, seqs: list[Sequence], hidden: torch.Tensor, new: int, drafts: torch.Tensor | None
+    ) -> list[tuple[list[int], list[TokenLogprob] | None]]:
+        """For each sequence the drawn tokens, cut after the first off its draft, and their log-probabilities."""
+        logits = self.decoder.logits(hidden)  # (B * Q, V)
+        drafted = None if drafts is None else drafts.tolist()
+        raw = logits
+        if any(seq.request.penalised for seq in seqs):
+            logits = self._penalised(seqs, logits, new, drafted)
+        law = self._law(seqs, new)
+        positions = None
+        if not law.all_greedy:
+            positions = self._ids([len(seq.tokens) + i for seq in seqs for i in range(new)])
+        tokens = sampler.draw(logits, law, positions).view(-1, new).tolist()
+        result = []
+        for index, (seq, row) in enumerate(zip(seqs, tokens, strict=True)):
+            agreed = 0
+            if drafted is not None and seq.request.speculate:
+                while agreed < new - 1 and row[agreed] == drafted[index][agreed]:
+                    agreed += 1
+            row = row[: agreed + 1]
+            count = seq.request.logprobs
+            logprobs = None
+            if count is not None:
+                logprobs = [sampler.logprobs_of(raw[index * new + i], token, count) for i, token in enumerate(row)]
+            result.append((row, logprobs))
+        return result
+
+    def _penalised(
+        self, seqs: list[Sequence], logits: torch.Tensor, new: int, drafted: list[list[int]] | None
+    ) -> torch.Tensor:
+        logits = logits.clone()
+        for index, seq in enumerate(seqs):
+            if not seq.request.penalised:
+                continue
+            prompt, output = seq.tokens[: seq.num_prompt], seq.tokens[seq.num_prompt :]
+            for i in range(new):
+                before = output + (drafted[index][:i] if drafted else [])
+                row = index * new + i
+                logits[row] = sampler.penalise(logits[row], seq.request, prompt, before)
+        return logits
+
+    def _law(self, seqs: list[Sequence], new: int) -> sampler.Law:
+        """The batch's Law, built again only when its members change."""
+        ids = [seq.id for seq in seqs]
+        known = self._laws.get(new)
+        if known is None or known[0] != ids:
+            known = self._laws[new] = (ids, sampler.Law.of(seqs, new, self.vocab_size, self.device))
+        return known[1]
+
+    def _slots(self, seq: Sequence, start: int, end: int) -> list[int]:
+        size = self.cache.block_size
+        return [seq.blocks[p // size] * size + p % size for p in range(start, end)]
+
+    def _ids(self, values: Seq[object]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -1,0 +1,131 @@
+"""The paged KV cache and attention over it, in plain torch.
+
+The cache is one tensor of slots; slot s of layer l holds the keys and values of one token, all heads side by side, so a
+token is written with one copy and a block of consecutive slots is gathered with one. A sequence owns a list of blocks,
+and token t of it lives in slot blocks[t // block_size] * block_size + t % block_size. Block 0 belongs to nobody: rows
+that only pad a batch, and draft positions past a sequence's end, write there.
+
+Two shapes of batch attend to the cache:
+- Ragged: prompts, or chunks of them, laid end to end; one SDPA call per sequence.
+- Padded: the same few new tokens for every sequence (1 to decode, 1 + drafts to verify). Keys and values are gathered
+  to (B, L, ...) and the query heads that share a key head are stacked as rows of one product.
+
+Shapes: T tokens, B sequences, Q new tokens per sequence, L gathered tokens, Hq, Hkv heads, G = Hq / Hkv, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from omr.nn.config import DecoderConfig
+
+NULL_BLOCK = 0
+
+
+class KVCache:
+    """Keys and values of every layer: `data` (layers, slots, 2 * Hkv * D)."""
+
+    def __init__(
+        self, config: DecoderConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.block_size, self.num_blocks = block_size, num_blocks
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.width = 2 * self.num_kv_heads * self.head_dim
+        shape = (config.num_hidden_layers, num_blocks * block_size, self.width)
+        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = list(self.data)
+        """One (slots, 2 * Hkv * D) view per layer."""
+        self.blocks = [layer.view(num_blocks, block_size * self.width) for layer in self.layers]
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+
+@dataclass(kw_only=True)
+class Part:
+    """One sequence's share of a Ragged batch."""
+
+    start: int
+    """First row in the batch."""
+    length: int
+    context: int
+    """Tokens of the sequence already in the cache."""
+    slots: torch.Tensor | None
+    """Slots of all context + length tokens; None without context, when the new keys are all there is."""
+
+
+@dataclass(kw_only=True)
+class Ragged:
+    cache: KVCache
+    slots: torch.Tensor
+    """Where the new tokens are written, (T,) int64."""
+    parts: list[Part]
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """qkv (T, (Hq + 2 Hkv) * D), positions already rotated -> (T, Hq * D). Writes the cache first."""
+        cache = self.cache
+        dim, num_kv = cache.head_dim, cache.num_kv_heads
+        width = cache.num_heads * dim
+        kv = qkv[:, width:]
+        cache.layers[layer].index_copy_(0, self.slots, kv)
+        out = qkv.new_empty(qkv.shape[0], width)
+        for part in self.parts:
+            rows = slice(part.start, part.start + part.length)
+            q = qkv[rows, :width].view(1, part.length, -1, dim).transpose(1, 2)
+            seen = kv[rows] if part.slots is None else cache.layers[layer].index_select(0, part.slots)
+            seen = seen.view(1, -1, 2, num_kv, dim).permute(2, 0, 3, 1, 4)  # (2, 1, Hkv, L, D)
+            if part.context:
+                total = part.context + part.length
+                mask = torch.ones(part.length, total, dtype=torch.bool, device=q.device).tril(part.context)
+                got = F.scaled_dot_product_attention(q, seen[0], seen[1], attn_mask=mask, enable_gqa=True)
+            else:
+                got = F.scaled_dot_product_attention(q, seen[0], seen[1], is_causal=True, enable_gqa=True)
+            out[rows] = got.transpose(1, 2).reshape(part.length, width)
+        return out
+
+
+class Padded:
+    """Q new tokens for each of B sequences.
+
+    `tables` (B, blocks) int64 block ids, padded with NULL_BLOCK; `positions` (B, Q) int64 of the new tokens; `slots`
+    (B * Q,) int64 where they are written; `longest` the greatest position.
+    """
+
+    def __init__(
+        self, cache: KVCache, tables: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, longest: int
+    ) -> None:
+        self.cache, self.slots = cache, slots
+        self.batch, self.new = positions.shape
+        self.total = longest + 1
+        self.blocks = tables.flatten()
+        self.mask = None
+        if self.batch * self.new > 1:
+            steps = torch.arange(self.total, device=positions.device)
+            hidden = steps > positions[:, None, :, None]  # (B, 1, Q, L)
+            mask = torch.zeros(hidden.shape, dtype=cache.data.dtype, device=positions.device)
+            mask.masked_fill_(hidden, float("-inf"))
+            if self.new > 1:
+                group = cache.num_heads // cache.num_kv_heads
+                mask = mask.unsqueeze(2).expand(-1, -1, group, -1, -1).reshape(self.batch, 1, -1, self.total)
+            self.mask = mask
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """qkv (B * Q, (Hq + 2 Hkv) * D), positions already rotated -> (B * Q, Hq * D). Writes the cache first."""
+        cache, batch, new = self.cache, self.batch, self.new
+        dim, num_kv = cache.head_dim, cache.num_kv_heads
+        width = cache.num_heads * dim
+        cache.layers[layer].index_copy_(0, self.slots, qkv[:, width:])
+        seen = cache.blocks[layer].index_select(0, self.blocks).view(batch, -1, 2, num_kv, dim)[:, : self.total]
+        k, v = seen.permute(2, 0, 3, 1, 4)  # (B, Hkv, L, D) each
+        q = qkv[:, :width]
+        if new == 1:
+            out = F.scaled_dot_product_attention(q.view(batch, num_kv, -1, dim), k, v, attn_mask=self.mask)
+            return out.reshape(batch, width)
+        q = q.view(batch, new, num_kv, -1, dim).permute(0, 2, 3, 1, 4).reshape(batch, num_kv, -1, dim)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return out.view(batch, num_kv, -1, new, dim).permute(0, 3, 1, 2, 4).reshape(batch * new, width)
