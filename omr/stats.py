@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
 Z95 = NormalDist().inv_cdf(0.975)
-MAX_SUBSETS = 5000
+MAX_SUBSETS = 1000
 """Up to so many k-subsets are enumerated for maj@k; beyond, as many are drawn."""
 
 
@@ -84,6 +84,8 @@ def maj_at_k(answers: Sequence[Hashable | None], is_right: Sequence[bool], k: in
     n = len(answers)
     if n < k:
         raise ValueError(f"maj@{k} needs at least {k} generations of every problem, there are {n}")
+    if not any(is_right):
+        return 0.0
     if math.comb(n, k) <= MAX_SUBSETS:
         subsets: list[Sequence[int]] = list(itertools.combinations(range(n), k))
     else:

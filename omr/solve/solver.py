@@ -10,7 +10,6 @@ it would still have cost is estimated from the finished generations of its probl
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -119,9 +118,9 @@ class Solver:
         finally:
             for other in pending:
                 other.cancel()
-            for other in pending:
-                with contextlib.suppress(asyncio.CancelledError):
-                    ballots.append(await other)  # it finished while others were being cancelled
+            for late in await asyncio.gather(*pending, return_exceptions=True):
+                if isinstance(late, Ballot):  # it finished while others were being cancelled
+                    ballots.append(late)
 
     async def _attempt(self, task: Task, sample: int, live: dict[int, Transcript]) -> Ballot:
         async with self._slots:

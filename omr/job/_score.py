@@ -1,0 +1,204 @@
+"""From samples to numbers: grades, votes, metrics.
+
+Everything here is a function of the rows in samples.jsonl and of how each problem ended, so a run can be graded again,
+with another grader or another vote, without generating anything. Metric names and denominators are those of the table
+in tracker.py. What is refused rather than guessed:
+  - pass@k and maj@k where some problem has fewer than k generations;
+  - maj@k where problems were stopped early: the first to finish are a biased sample. `accuracy/maj` is the vote that
+    was really cast, and carries the label of the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from omr import stats
+from omr.server import SpecCounts
+from omr.solve.answer import vote_key
+from omr.solve.vote import Ballot, Result, Weight, majority
+
+Row = dict[str, Any]
+TRUNCATED = ("length", "time", "code_limit", "repetition")
+
+
+@dataclass(kw_only=True)
+class Record:
+    """A problem with all its generations and the way it ended."""
+
+    id: str
+    expected_answer: str | None
+    rows: list[Row] = field(default_factory=list)
+    vote: Result = field(default_factory=lambda: majority([]))
+    vote_right: bool | None = None
+    """None when the benchmark has no answer."""
+    stopped: str | None = None
+    cancelled: int = 0
+    not_started: int = 0
+    spent_tok: int = 0
+    saved_tok: float = 0.0
+
+    @property
+    def right(self) -> int:
+        return sum(bool(row.get("symbolic_correct")) for row in self.rows)
+
+    @property
+    def score(self) -> float:
+        """Mean correctness; a problem without a generation is wrong."""
+        return self.right / len(self.rows) if self.rows else 0.0
+
+    def cast_vote(self, by: Weight) -> None:
+        """Vote over the rows; the winner is right if the generations that gave it are."""
+        ballots = [ballot_of(row) for row in self.rows]
+        self.vote = majority(ballots, by)
+        if self.expected_answer is None:
+            self.vote_right = None
+            return
+        key = None if self.vote.answer is None else vote_key(self.vote.answer)
+        self.vote_right = any(
+            bool(row.get("symbolic_correct"))
+            for row, ballot in zip(self.rows, ballots, strict=True)
+            if _key(ballot) == key
+        )
+
+
+def ballot_of(row: Mapping[str, Any]) -> Ballot:
+    """The ballot of a row of samples.jsonl."""
+    return Ballot(
+        sample=int(row["sample"]),
+        answer=row.get("predicted_answer"),
+        ended=row.get("finish_reason") in ("stop", "boxed"),
+        num_tok=int(row.get("num_generated_tokens") or 0),
+        code_runs=int(row.get("code_rounds_executed") or 0),
+        code_errors=int(row.get("num_code_errors") or 0),
+    )
+
+
+def _key(ballot: Ballot) -> str | None:
+    return None if ballot.answer is None else vote_key(ballot.answer)
+
+
+def score(records: Sequence[Record], counts: SpecCounts | None = None) -> dict[str, float]:
+    """All metrics of an evaluation whose rows are graded and whose votes are cast."""
+    rows = [row for record in records for row in record.rows]
+    metrics: dict[str, float] = {}
+    graded = [record for record in records if record.expected_answer is not None]
+    if graded:
+        metrics |= accuracy(graded)
+        wall = busy_seconds(rows)
+        if wall > 0:
+            metrics["throughput/solved_per_hour"] = 3600 * sum(bool(r.vote_right) for r in graded) / wall
+    if rows:
+        metrics |= conduct(rows) | speed(rows, sum(r.spent_tok for r in records))
+    metrics["early_stop/cancelled"] = sum(r.cancelled for r in records)
+    metrics["early_stop/not_started"] = sum(r.not_started for r in records)
+    metrics["early_stop/saved_tok"] = sum(r.saved_tok for r in records)
+    if counts is not None:
+        metrics |= acceptance(counts)
+    return metrics
+
+
+def accuracy(graded: Sequence[Record]) -> dict[str, float]:
+    """pass@1 with its interval, pass@k, maj@k and the vote, over problems that have an expected answer."""
+    scores = [record.score for record in graded]
+    single = all(len(record.rows) == 1 for record in graded)
+    right = sum(record.right for record in graded)
+    interval = stats.wilson(right, len(graded)) if single else stats.bootstrap_mean(scores)
+    votes = sum(bool(record.vote_right) for record in graded)
+    vote_interval = stats.wilson(votes, len(graded))
+    metrics = {
+        "accuracy/pass_at_1": fmean(scores),
+        "accuracy/pass_at_1_low": interval.low,
+        "accuracy/pass_at_1_high": interval.high,
+        "accuracy/maj": votes / len(graded),
+        "accuracy/maj_low": vote_interval.low,
+        "accuracy/maj_high": vote_interval.high,
+        "accuracy/problems": len(graded),
+        "accuracy/generations": sum(len(record.rows) for record in graded),
+    }
+    fewest = min(len(record.rows) for record in graded)
+    stopped = any(record.stopped for record in graded)
+    for k in sizes(fewest):
+        metrics[f"accuracy/pass_at_{k}"] = fmean(stats.pass_at_k(len(r.rows), r.right, k) for r in graded)
+        if not stopped:
+            metrics[f"accuracy/maj_at_{k}"] = fmean(
+                stats.maj_at_k(
+                    [_key(ballot_of(row)) for row in r.rows], [bool(row.get("symbolic_correct")) for row in r.rows], k
+                )
+                for r in graded
+            )
+    return metrics
+
+
+def sizes(n: int) -> list[int]:
+    """The k of pass@k and maj@k: 2, 4, 8 ... and n itself."""
+    powers = [2**i for i in range(1, n.bit_length()) if 2**i <= n]
+    return powers if n < 2 or n in powers else [*powers, n]
+
+
+def conduct(rows: Sequence[Row]) -> dict[str, float]:
+    """How generations ended and what they did with tools and faults."""
+    runs = sum(row["code_rounds_executed"] for row in rows)
+    errors = sum(row["num_code_errors"] for row in rows)
+    return {
+        "accuracy/no_answer": fmean(row["predicted_answer"] is None for row in rows),
+        "accuracy/truncated": fmean(row["finish_reason"] in TRUNCATED for row in rows),
+        "tool/executions_per_generation": runs / len(rows),
+        "tool/errors_per_execution": errors / runs if runs else 0.0,
+        "tool/time_s": sum(row["code_execution_time"] for row in rows),
+        "fault/stream_drops": sum(row["stream_drops"] for row in rows),
+        "fault/sandbox_failures": sum(row["sandbox_failures"] for row in rows),
+        "fault/generations": sum("error" in row for row in rows),
+    }
+
+
+def speed(rows: Sequence[Row], cancelled_tok: int) -> dict[str, float]:
+    """Latency percentiles over generations, and throughput of model-written tokens."""
+    metrics: dict[str, float] = {}
+    tpot = [second for row in rows for second in row["tpot_s"]]
+    for name, values, scale in (
+        ("latency/ttft_p{}_ms", [row["ttft_s"] for row in rows if row["ttft_s"] is not None], 1000),
+        ("latency/tpot_p{}_ms", tpot, 1000),
+        ("latency/e2e_p{}_s", [row["generation_time"] for row in rows], 1),
+    ):
+        for q in (50, 95) if values else ():
+            metrics[name.format(q)] = scale * stats.percentile(values, q)
+    tokens = sum(row["num_generated_tokens"] for row in rows) + cancelled_tok
+    wall = busy_seconds(rows)
+    metrics["throughput/output_tok"] = tokens
+    if wall > 0:
+        metrics["throughput/output_tok_s"] = tokens / wall
+        metrics["throughput/generations_per_s"] = len(rows) / wall
+    return metrics
+
+
+def busy_seconds(rows: Iterable[Row]) -> float:
+    """Seconds during which at least one of the generations ran: wall time without the gap before a resume."""
+    busy, until = 0.0, float("-inf")
+    for start, end in sorted((row["generation_start_time"], row["generation_end_time"]) for row in rows):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy
+
+
+def acceptance(counts: SpecCounts) -> dict[str, float]:
+    """Rates from raw counts: marginal is over all drafts, conditional over those accepted up to the position before."""
+    metrics: dict[str, float] = {
+        "accept/drafts": counts.drafts,
+        "accept/draft_tok": counts.draft_tokens,
+        "accept/accepted_tok": counts.accepted_tokens,
+    }
+    if not counts.drafts:
+        return metrics
+    metrics["accept/len_mean_tok"] = 1 + counts.accepted_tokens / counts.drafts
+    if counts.draft_tokens:
+        metrics["accept/rate"] = counts.accepted_tokens / counts.draft_tokens
+    before = counts.drafts
+    for position, accepted in enumerate(counts.accepted_per_pos, 1):
+        metrics[f"accept/pos{position}_marginal"] = accepted / counts.drafts
+        if before:
+            metrics[f"accept/pos{position}_conditional"] = accepted / before
+        before = accepted
+    return metrics
