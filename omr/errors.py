@@ -7,6 +7,9 @@
     |   `-- MissingBackend        an optional package or a device that the choice needs is not here
     `-- Failure                   exit code 1: it was a fair request and it went wrong
         |-- ChildError            a child process died or never became ready; carries its last log lines
+        |-- RequestError          a server refused or failed a request; `status` is the HTTP status if there was one
+        |   |-- ContextOverflow   prompt and max_tokens do not fit the model's context
+        |   `-- StreamDropped     a stream broke off before its finish reason
         |-- ResourceError         no disk space, no memory, a port in use
         `-- TrainingError         the loss is not finite, the data ran out
 
@@ -62,6 +65,22 @@ class ChildError(Failure):
     def __init__(self, message: str, log_tail: str = "") -> None:
         super().__init__(message if not log_tail else f"{message}\n{log_tail}")
         self.log_tail = log_tail
+
+
+class RequestError(Failure):
+    """One request went wrong; the server may be well. Callers count these instead of ending the run."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ContextOverflow(RequestError):
+    pass
+
+
+class StreamDropped(RequestError):
+    pass
 
 
 class ResourceError(Failure):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omr.errors import ConfigError
 
@@ -28,6 +28,10 @@ class ServeSpec:
     tp: int = 1
     device: str = "cpu"
     seed: int = 0
+    quant: str = "bf16"
+    """Name of the quant option that wrote `checkpoint`."""
+    params_b: float = 0.0
+    """Parameters in billions, for memory estimates; 0 when unknown."""
 
 
 @dataclass(kw_only=True)
@@ -103,6 +107,12 @@ class Server:
     def launch(self, spec: ServeSpec, log_dir: Path) -> AbstractContextManager[Endpoint]:
         """Start, wait until it answers, yield the Endpoint, and leave no process behind whatever happens."""
         raise TypeError(f"{type(self).__name__} cannot be launched")
+
+    def request_body(self, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
+        """A completions (or chat) body in vLLM's dialect, as this server takes it. Raises ConfigError for a sampling
+        parameter that it has not: leaving one out would change what is drawn.
+        """
+        return body
 
     def spec_counts(self, metrics_text: str) -> SpecCounts | None:
         """Counters read from the body of this server's metrics endpoint; None when it reports none."""

@@ -1,0 +1,84 @@
+"""Prometheus text, written and read: the part of the format that inference servers use.
+
+Format: https://prometheus.io/docs/instrumenting/exposition_formats (version 0.0.4). Only gauges, counters and
+histograms without created-timestamps are written. Reading keeps samples and drops HELP and TYPE.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass
+class Histogram:
+    """Counts of observations below fixed bounds, and their sum."""
+
+    bounds: Sequence[float]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert list(self.bounds) == sorted(self.bounds), self.bounds
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+def sample(name: str, value: float, labels: Mapping[str, str] | None = None) -> str:
+    """One line. Label values are escaped."""
+    text = ",".join(f'{k}="{_escaped(v)}"' for k, v in (labels or {}).items())
+    number = str(int(value)) if float(value).is_integer() else repr(float(value))
+    return f"{name}{{{text}}} {number}" if text else f"{name} {number}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def metric(name: str, kind: str, about: str, samples: Sequence[str]) -> str:
+    return "\n".join([f"# HELP {name} {about}", f"# TYPE {name} {kind}", *samples]) + "\n"
+
+
+def histogram(name: str, about: str, value: Histogram, labels: Mapping[str, str]) -> str:
+    lines, below = [], 0
+    for bound, count in zip([*map(str, value.bounds), "+Inf"], value.counts, strict=True):
+        below += count
+        lines.append(sample(f"{name}_bucket", below, {**labels, "le": bound}))
+    lines += [sample(f"{name}_count", below, labels), sample(f"{name}_sum", value.total, labels)]
+    return metric(name, "histogram", about, lines)
+
+
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+-?\d+)?$")
+_LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"')
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str
+    labels: Mapping[str, str]
+    value: float
+
+
+def read(text: str) -> Iterator[Sample]:
+    """The samples of a metrics page. Lines that are no samples are passed over."""
+    for line in text.splitlines():
+        match = None if line.startswith("#") else _SAMPLE.match(line.strip())
+        if match is None:
+            continue
+        try:
+            value = float(match[3])
+        except ValueError:
+            continue
+        labels = {k: re.sub(r"\\(.)", _unescape, v) for k, v in _LABEL.findall(match[2] or "")}
+        yield Sample(match[1], labels, value)
+
+
+def _unescape(match: re.Match[str]) -> str:
+    return "\n" if match[1] == "n" else match[1]
