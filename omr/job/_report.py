@@ -179,8 +179,8 @@ def _endings(metrics: Mapping[str, float], records: Sequence[Record]) -> list[st
         lines += [
             "",
             f"{len(stopped)} problems were stopped early: {metrics['early_stop/cancelled']:.0f} generations cut off "
-            f"({sum(r.spent_tok for r in records):,} tokens spent on them), {metrics['early_stop/not_started']:.0f} never "
-            f"begun, about {metrics['early_stop/saved_tok']:,.0f} tokens saved.",
+            f"({sum(r.spent_tok for r in records):,} tokens spent on them), {metrics['early_stop/not_started']:.0f} "
+            f"never begun, about {metrics['early_stop/saved_tok']:,.0f} tokens saved.",
         ]
     faults = [(n, v) for n, v in metrics.items() if n.startswith("fault/") and v]
     if faults:
