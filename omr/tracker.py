@@ -31,7 +31,7 @@ METRICS: dict[str, str] = {
     "accuracy/pass_at_1_low": "lower end of its 95 % interval (bootstrap over problems; Wilson if n = 1)",
     "accuracy/pass_at_1_high": "upper end of the same interval",
     "accuracy/pass_at_{k}": "unbiased pass@k (Chen et al. 2021); absent unless every problem has k generations",
-    "accuracy/maj_at_{k}": "expected share of right majorities among k generations, ties shared; absent after early stops",
+    "accuracy/maj_at_{k}": "expected share of right majorities of k generations, ties shared; absent after early stops",
     "accuracy/maj": "share of problems whose vote over all kept generations is right, early-stopped votes included",
     "accuracy/maj_low": "lower end of its 95 % Wilson interval",
     "accuracy/maj_high": "upper end of the same interval",
