@@ -13,6 +13,7 @@ below is the order of dependence, not of calls, and a sweep over servers and sam
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from typing import Any
 from omr import dataset, source
 from omr.artifact import content
 from omr.config import Config, home
-from omr.drafter import Drafter
 from omr.errors import ResourceError
 from omr.process import run_verb
 from omr.run import Run
@@ -189,11 +189,12 @@ def endpoint(run: Run) -> Iterator[Endpoint]:
 
 
 def _spec(cfg: Config, device: str) -> ServeSpec:
-    untrained: Drafter = cfg.drafter
     return ServeSpec(
         model_name=cfg.model.name,
         checkpoint=Path(),
-        drafter=untrained,
+        drafter=cfg.drafter,
+        quant=cfg.quant.option_name,
+        params_b=cfg.model.params_b,
         context_tokens=cfg.model.context_tokens,
         tp=cfg.model.tp,
         device=device,
@@ -205,8 +206,6 @@ def _spec(cfg: Config, device: str) -> ServeSpec:
 
 def _log_curves(run: Run, folder: Path) -> None:
     """Log what a maker left to be looked at: curve.jsonl as points, pictures as they are."""
-    import json
-
     curve = folder / "curve.jsonl"
     if curve.exists():
         run.tracker.curve([json.loads(line) for line in curve.read_text().splitlines()])
