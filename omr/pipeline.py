@@ -199,8 +199,6 @@ def _spec(cfg: Config, device: str) -> ServeSpec:
         tp=cfg.model.tp,
         device=device,
         seed=cfg.sampling.seed,
-        quant=cfg.quant.option_name,
-        params_b=cfg.model.params_b,
     )
 
 
