@@ -67,6 +67,7 @@ METRICS: dict[str, str] = {
     "quant/{name}": "what the quantiser reports about its checkpoint",
     "redrafter{i}_top{k}": "held-out share of targets among the drafter's k best at draft position i",
     "redrafter{i}_loss": "held-out cross-entropy at draft position i, nats",
+    "redrafter{i}_prefix": "held-out share of contexts whose first i+1 drafts are all right",
     "drafter/{name}": "what drafter training reports",
     "train/{name}": "what fine-tuning reports",
 }

@@ -1,7 +1,7 @@
 """Drafters: what proposes tokens for the target to verify. One module per option.
 
-A drafter has two sides: `fit` writes weights (in a child process), `load` gives the engine a DraftModel. The verb is not
-called `train` because that is the field of a trained drafter's recipe: `drafter.train.lr`.
+A drafter has two sides: `fit` writes weights (in a child process), `load` gives the engine a DraftModel. The verb is
+not called `train` because that is the field of a trained drafter's recipe: `drafter.train.lr`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Prompt lookup: draft what followed the last occurrence of the newest tokens. No weights, no training.
 
-Math solutions repeat themselves: numbers of the problem in the code, the printed value in the answer. The longest suffix
-of the sequence, at most `max_ngram` and at least `min_ngram` tokens, that occurred before is looked up, its most recent
-occurrence wins (recent text resembles what comes next more than old text), and the tokens after it are the draft. Where
-they run into the end of the sequence the draft goes on with its own beginning, as if the text were periodic. A sequence
-without a match repeats its newest token: verification takes a fixed number of drafts, and a cheap guess is as good as
-any other.
+Math solutions repeat themselves: numbers of the problem in the code, the printed value in the answer. The longest
+suffix of the sequence, at most `max_ngram` and at least `min_ngram` tokens, that occurred before is looked up, its most
+recent occurrence wins (recent text resembles what comes next more than old text), and the tokens after it are the
+draft. Where they run into the end of the sequence the draft goes on with its own beginning, as if the text were
+periodic. A sequence without a match repeats its newest token: verification takes a fixed number of drafts, and a cheap
+guess is as good as any other.
 
 The search is one `bytes.rfind` per suffix length over the ids packed as int32, so it runs at memory speed.
 """

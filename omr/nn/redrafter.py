@@ -154,6 +154,12 @@ class Redrafter(nn.Module):
         return self.lm_head[-1]
 
     @property
+    def linears(self) -> list[nn.Linear]:
+        """The linear layers between [c ; s] and the head in order, `input_proj` first if there is one."""
+        blocks = [block.linear for block in self.lm_head[:-1]]
+        return blocks if self.input_proj is None else [self.input_proj, *blocks]
+
+    @property
     def draft_tokens(self) -> Tensor | None:
         """(D,) int64 token id of each draft row; None when every token can be drafted."""
         if not self.config.draft_vocab_size:
