@@ -25,7 +25,7 @@ from omr import hub
 from omr.errors import InputError
 from omr.model import TextSource
 from omr.solve.prompt import CodeTags, prompt_named, render, tags_named
-from omr.text import Span, TextRow, encode_text, iter_text, read_text
+from omr.text import Span, TextRow, encode_text, iter_text, load_tokenizer, read_text
 
 __all__ = ["TextRow", "encode_text", "iter_text", "model_spans", "read_rows", "read_text", "source_key", "write_text"]
 
@@ -169,18 +169,6 @@ def end_of_turn_text(tokenizer: Any) -> str:
     if not eos:
         raise InputError("the tokenizer has neither an eos token nor a chat template that ends a turn")
     return eos
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer of a model folder. Raises InputError."""
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        raise InputError(f"{folder} has no tokenizer (tokenizer.json); copy it from the base model")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise InputError(f"the tokenizer of {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def read_rows(source: TextSource, limit: int) -> Iterator[tuple[str, str]]:

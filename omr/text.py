@@ -65,6 +65,18 @@ def encode_text(row: TextRow, tokenizer: Any) -> tuple[list[int], list[bool]]:
     return ids, is_target
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer of a model folder. Raises InputError."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        raise InputError(f"{folder} has no tokenizer (tokenizer.json); copy it from the base model")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"the tokenizer of {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
 def read_text(path: Path, limit: int | None = None) -> list[TextRow]:
     """The first `limit` rows (all by default) of a text file. Raises InputError for anything that is not one."""
     return list(iter_text(path, limit))

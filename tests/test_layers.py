@@ -27,7 +27,7 @@ RANKS: dict[str, int] = {
     "omr.stats": 1,
     "omr.text": 1,
     "omr.hub": 1,
-    "omr.checkpoint": 2,
+    "omr.checkpoint": 1,
     "omr.table": 1,
     "omr.quant.*": 2,
     "omr.drafter.*": 2,
