@@ -24,7 +24,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from omr.errors import OmrError, UserError
+from omr.errors import ContextOverflow, OmrError, RequestError
 from omr.sampling import Sampling
 from omr.sandbox import Outcome, SandboxClient, Session
 from omr.solve.answer import last_boxed
@@ -52,6 +52,8 @@ class Streaming(Protocol):
     num_tokens: int
     finish_reason: str | None
     stop_reason: Any
+    time: float
+    """time.perf_counter() when it arrived."""
 
 
 class Completer(Protocol):
@@ -140,7 +142,10 @@ class Transcript:
         return self.finish_reason in ("length", "time", "code_limit", "repetition")
 
     async def run(self, client: Completer, sandbox: SandboxClient | None) -> None:
-        """Generate to the end. Raises CancelledError only; every other end is `finish_reason`."""
+        """Generate to the end, whatever that is: `finish_reason` says.
+
+        Raises CancelledError, and ConfigError for a sampling parameter that this server has not.
+        """
         self.started, self._clock = time.time(), time.perf_counter()
         try:
             async with asyncio.timeout(self.limits.seconds) as clock:
@@ -175,9 +180,11 @@ class Transcript:
             before = self.num_tokens
             try:
                 ended = await self._write(client, tags, room)
-            except UserError as error:  # the request itself is refused: asking again cannot help
-                return "length" if _is_overflow(error) else self._failed(error)
-            except OmrError as error:
+            except ContextOverflow:  # the server counts the prompt's tokens otherwise than we do
+                return "length"
+            except RequestError as error:
+                if error.status is not None and error.status < 500 and error.status != 429:
+                    return self._failed(error)  # the request itself is refused: asking again cannot help
                 self.stream_drops += 1
                 drops = 1 if self.num_tokens > before else drops + 1
                 self.events.append({"type": "drop", "error": str(error), "at_s": round(self._now(), 4)})
@@ -235,7 +242,7 @@ class Transcript:
             async with aclosing(stream):
                 async for chunk in stream:
                     if first is None and (chunk.num_tokens or chunk.text):
-                        first = self._now()
+                        first = chunk.time - self._clock
                     tokens += chunk.num_tokens
                     self.num_tokens += chunk.num_tokens
                     reason = chunk.finish_reason or reason
@@ -407,11 +414,6 @@ def is_loop(text: str) -> bool:
     before = tail.rfind(probe, 0, len(tail) - 1)
     period = len(tail) - 16 - before
     return before >= 0 and period * REPEATS <= REPEAT_CHARS and tail[period:] == tail[:-period]
-
-
-def _is_overflow(error: UserError) -> bool:
-    text = str(error)
-    return "context length" in text or "max_tokens must be" in text
 
 
 async def _close(session: Session) -> None:

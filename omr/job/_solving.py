@@ -1,0 +1,245 @@
+"""The running part of an evaluation: all open problems at once, every finished generation to disk, progress shown."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from omr.benchmark import Problem
+from omr.client import Client
+from omr.config import Config
+from omr.errors import ChildError, Failure, RequestError, Terminated
+from omr.job._samples import SampleFile
+from omr.job._score import Record, ballot_of
+from omr.job.eval import Eval
+from omr.process import log_tail
+from omr.run import Run
+from omr.sandbox import SandboxClient
+from omr.server import Endpoint, SpecCounts
+from omr.solve.grade import Grader
+from omr.solve.prompt import prompt_named, render, tags_named
+from omr.solve.solver import Solved, Solver, Task
+from omr.solve.transcript import Limits, Transcript
+from omr.solve.vote import Ballot, StopPolicy, TimeBank
+
+
+def open_samples(run: Run, problems: Sequence[Problem], planned: int) -> SampleFile:
+    """The sample file of this run's config, with what a killed run of it left; a fresh one while another run has it."""
+    by_id = {p.id: p for p in problems}
+    folder = run.resume_folder()
+    if run.cfg.rerun:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return SampleFile(folder, by_id, planned)
+    except BlockingIOError:
+        run.say("another run of the same config is going on; this one starts from nothing and cannot be resumed")
+        return SampleFile(run.folder, by_id, planned)
+
+
+class Solving:
+    """What is to be solved and what has been."""
+
+    def __init__(
+        self,
+        job: Eval,
+        cfg: Config,
+        problems: Sequence[Problem],
+        samples: SampleFile,
+        grader: Grader,
+        policy: StopPolicy,
+    ) -> None:
+        self._job, self._cfg, self._samples, self._grader, self._policy = job, cfg, samples, grader, policy
+        self._problems = {p.id: p for p in problems}
+        self._done: dict[str, list[Ballot]] = {p.id: [] for p in problems}
+        for row in samples.rows:
+            self._done[row["id"]].append(ballot_of(row))
+        self._solved: dict[str, Solved] = {}
+        self.todo = [p for p in problems if self._is_open(self._done[p.id])]
+        """Problems with generations still to be made."""
+        self._tasks: list[Task] = []
+        self._count: Any = None
+        self._grading: set[asyncio.Task[None]] = set()
+        self._right = self._graded = 0
+        self._bar: Any = None
+
+    def _is_open(self, done: Sequence[Ballot]) -> bool:
+        return len(done) < self._policy.planned and self._policy.reason(done) is None
+
+    def lay_out(self, tokenizer: Any) -> None:
+        """Turn the open problems into prompts."""
+        job, model = self._job, self._cfg.model
+        prompt = prompt_named(model.prompt)
+
+        def count(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        self._count = count
+        for problem in self.todo:
+            messages = prompt.messages(
+                problem.text,
+                total_code_executions=job.max_code_executions,
+                suffix=job.prompt_suffix,
+                system=job.system_message,
+            )
+            text = render(tokenizer, messages)
+            self._tasks.append(
+                Task(id=problem.id, prompt=text, prompt_tokens=count(text), done=tuple(self._done[problem.id]))
+            )
+
+    def to_the_end(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
+        """Solve all open problems. Returns the server's speculation counters over that time.
+
+        Raises ChildError when the server died, Failure when it fails every request.
+        """
+        try:
+            return asyncio.run(self._stoppable(live, sandbox))
+        except Failure as error:
+            if live.pid is not None and not _is_alive(live.pid):
+                tail = log_tail(live.log) if live.log else ""
+                raise ChildError(f"the server died while solving; log: {live.log}", tail) from error
+            raise
+
+    async def _stoppable(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
+        """SIGTERM as a cancellation: raised inside a callback, an exception would be logged by the loop and lost."""
+        loop, me = asyncio.get_running_loop(), asyncio.current_task()
+        assert me is not None
+        if threading.current_thread() is not threading.main_thread():
+            return await self._all(live, sandbox)
+        terminated = threading.Event()
+
+        def stop() -> None:
+            terminated.set()
+            me.cancel()
+
+        before = signal.getsignal(signal.SIGTERM)
+        loop.add_signal_handler(signal.SIGTERM, stop)
+        try:
+            return await self._all(live, sandbox)
+        except asyncio.CancelledError:
+            if terminated.is_set():
+                raise Terminated from None
+            raise
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, before)
+
+    async def _all(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
+        job, cfg = self._job, self._cfg
+        deadline_at = None if job.deadline_s is None else time.monotonic() + job.deadline_s
+        places = asyncio.Semaphore(job.max_concurrent_problems)
+        async with Client(live) as client:
+            solver = Solver(
+                client=client,
+                sandbox=sandbox,
+                sampling=cfg.sampling,
+                limits=Limits(
+                    max_tokens=cfg.sampling.max_tokens,
+                    context_tokens=cfg.model.context_tokens,
+                    code_executions=job.max_code_executions if job.uses_tools else 0,
+                    output_chars=cfg.sandbox.output_chars,
+                    seconds=job.generation_timeout_s,
+                    remaining_notice=job.remaining_notice,
+                    stop_at_boxed=job.stop_at_boxed,
+                    stop_on_repetition=job.stop_on_repetition,
+                ),
+                tags=tags_named(cfg.model.code_tags) if job.uses_tools else None,
+                policy=self._policy,
+                bank=TimeBank(budget_s=job.time_budget_s, buffer_s=job.time_buffer_s, deadline_at=deadline_at),
+                count_tokens=self._count,
+                max_concurrent=job.max_concurrent_generations,
+                keep=self._keep,
+            )
+            before = await _counts(client)
+            with self._progress():
+                solving = [asyncio.create_task(self._one(solver, task, places)) for task in self._tasks]
+                try:
+                    await asyncio.gather(*solving)
+                finally:  # the first failure, or a cancellation, ends them all
+                    for one in solving:
+                        one.cancel()
+                    await asyncio.gather(*solving, return_exceptions=True)
+                await asyncio.gather(*self._grading)
+            after = await _counts(client)
+        return after - before if after is not None and before is not None else None
+
+    async def _one(self, solver: Solver, task: Task, places: asyncio.Semaphore) -> None:
+        async with places:
+            solved = await solver.solve(task)
+        self._solved[task.id] = solved
+        self._bar.update(solved.cancelled + solved.not_started)
+
+    def _progress(self) -> Any:
+        planned, made = self._policy.planned, sum(len(done) for done in self._done.values())
+        total = planned * len(self.todo) + sum(len(d) for i, d in self._done.items() if not self._is_open(d))
+        self._bar = tqdm(
+            total=total,
+            initial=made,
+            desc=self._cfg.benchmark.name,
+            unit="gen",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 5.0,
+            file=sys.stderr,
+        )
+        return self._bar
+
+    def _keep(self, problem_id: str, sample: int, transcript: Transcript) -> None:
+        problem = self._problems[problem_id]
+        row = problem.row | {"id": problem_id, "problem": problem.text, "sample": sample}
+        if problem.expected_answer is not None:
+            row["expected_answer"] = problem.expected_answer
+        row |= transcript.row()
+        self._samples.append(row, transcript.events)
+        self._bar.update()
+        if problem.expected_answer is not None:
+            grading = asyncio.get_running_loop().create_task(self._grade(transcript.answer, problem.expected_answer))
+            self._grading.add(grading)
+            grading.add_done_callback(self._grading.discard)
+
+    async def _grade(self, answer: str | None, expected: str) -> None:
+        """For the progress bar; the verdict is remembered by the grader and asked for again at the end."""
+        verdict = await self._grader.grade(answer, expected)
+        self._graded += 1
+        self._right += verdict.equal
+        self._bar.set_postfix_str(f"right {100 * self._right / self._graded:.1f} %", refresh=False)
+
+    def records(self) -> list[Record]:
+        """Every problem with its rows, in the order of the benchmark; samples in order of their index."""
+        rows: dict[str, list[dict[str, Any]]] = {i: [] for i in self._problems}
+        for row in self._samples.rows:
+            rows[row["id"]].append(row)
+        return [self._record(problem, rows[problem.id]) for problem in self._problems.values()]
+
+    def _record(self, problem: Problem, rows: list[dict[str, Any]]) -> Record:
+        rows.sort(key=lambda row: row["sample"])
+        record = Record(id=problem.id, expected_answer=problem.expected_answer, rows=rows)
+        solved = self._solved.get(problem.id)
+        if solved is None:
+            record.stopped = self._policy.reason([ballot_of(row) for row in rows])
+            record.not_started = self._policy.planned - len(rows)
+        else:
+            record.stopped, record.cancelled, record.not_started = solved.stopped, solved.cancelled, solved.not_started
+            record.spent_tok, record.saved_tok = solved.spent_tok, solved.saved_tok
+        return record
+
+
+async def _counts(client: Client) -> SpecCounts | None:
+    try:
+        return client.endpoint.server.spec_counts(await client.metrics())
+    except RequestError:
+        return None  # a server without a metrics page has no acceptance to report
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

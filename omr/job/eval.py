@@ -1,0 +1,196 @@
+"""job=eval: solve a benchmark through the composed server and sandbox, vote, grade, report.
+
+    pipeline.endpoint --> a server that answers        \\
+    sandbox.launch    --> where model-written code runs  > Solver: N generations a problem, stopped early by policy
+    benchmark.load    --> problems                     /
+        every finished generation --> samples.jsonl, fsynced
+        all of them --> grades --> votes --> metrics.json, report.md, problems.csv
+
+The samples of an unfinished run lie in a folder named by the run's fingerprint. The same command after a kill finds it
+there, keeps what had finished and asks only for the rest; on success the folder moves into the run's own.
+
+At temperature 0 the generations of a problem would be one and the same, so one is made, and that is said.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from omr.errors import ConfigError
+from omr.job import Job
+from omr.job._report import METRICS, PROBLEMS, REPORT
+from omr.option import option
+from omr.solve.vote import StopPolicy, Weight
+
+if TYPE_CHECKING:
+    from omr.run import Run
+    from omr.sandbox import SandboxClient
+    from omr.server import SpecCounts
+
+
+@option("job", "eval")
+@dataclass(kw_only=True)
+class Eval(Job):
+    """pass@1, votes, latency, throughput and acceptance on a benchmark. Returns pass@1, None without answers."""
+
+    serves: ClassVar[bool] = True
+
+    num_generations: int = 4
+    """Generations per problem; number i is drawn with sampling.seed + i."""
+    vote: Weight = Weight.equal
+    """What a generation's vote counts."""
+    stop_after: int | None = None
+    """A problem is done when so many of its generations have finished; the others are cancelled."""
+    stop_when_decided: bool = False
+    """A problem is done when no remaining vote can change its winner."""
+    stop_at_agreement: float | None = None
+    """A problem is done when this share of its votes agrees, ..."""
+    agreement_after: int = 3
+    """... once so many of its generations have finished."""
+    stop_at_boxed: bool = False
+    """A generation ends at the brace that closes its first answer."""
+    time_budget_s: float | None = None
+    """Seconds for a problem; what it leaves unused later problems may draw on."""
+    time_buffer_s: float = 0.0
+    """At most so many saved seconds go to one problem on top of its budget."""
+    deadline_s: float | None = None
+    """Seconds for the whole benchmark; problems not begun by then stay unanswered."""
+    generation_timeout_s: float | None = None
+    """Seconds for one generation, tool time included."""
+    tools: bool = True
+    """Run the code that the model writes; false is plain reasoning."""
+    max_code_executions: int = 8
+    """Blocks run in one generation."""
+    remaining_notice: bool = False
+    """Tell the model after each block how many executions are left."""
+    stop_on_repetition: bool = True
+    """End a generation that repeats itself."""
+    prompt_suffix: str = ""
+    """Appended to every user turn."""
+    system_message: str | None = None
+    """Replaces the prompt's own system turn."""
+    max_concurrent_generations: int = 16
+    """In flight at a time, over all problems."""
+    max_concurrent_problems: int = 16
+    """Problems open at a time; with a time budget use 1, since a problem's clock runs while it waits for a slot."""
+    grade_timeout_s: float = field(default=10.0, metadata={"content": False})
+    """For one answer that takes computer algebra; beyond, it counts as wrong."""
+
+    def __post_init__(self) -> None:
+        self.policy(self.num_generations)
+        for name in ("max_concurrent_generations", "max_concurrent_problems"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"job.{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("time_budget_s", "deadline_s", "generation_timeout_s", "grade_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"job.{name} must be > 0 or null, got {value}")
+        if self.time_buffer_s < 0:
+            raise ConfigError(f"job.time_buffer_s must be >= 0, got {self.time_buffer_s}")
+        if self.time_buffer_s and self.time_budget_s is None:
+            raise ConfigError("job.time_buffer_s needs job.time_budget_s: the buffer is filled from what budgets leave")
+        if self.max_code_executions < 0:
+            raise ConfigError(f"job.max_code_executions must be >= 0, got {self.max_code_executions}")
+
+    def policy(self, planned: int) -> StopPolicy:
+        return StopPolicy(
+            planned=planned,
+            stop_after=self.stop_after if planned == self.num_generations else None,
+            when_decided=self.stop_when_decided,
+            agreement=self.stop_at_agreement,
+            agreement_after=self.agreement_after,
+            weight=self.vote,
+        )
+
+    @property
+    def uses_tools(self) -> bool:
+        return self.tools and self.max_code_executions > 0
+
+    def run(self, run: Run) -> float | None:
+        from omr import pipeline
+        from omr.job._outcome import conclude
+        from omr.job._samples import SAMPLES, TRANSCRIPTS
+        from omr.job._solving import Solving, open_samples
+        from omr.solve.grade import Grader
+
+        problems = run.cfg.benchmark.load()
+        planned = self._planned(run)
+        counts: SpecCounts | None = None
+        with ExitStack() as stack:
+            samples = stack.enter_context(open_samples(run, problems, planned))
+            grader = stack.enter_context(Grader(timeout_s=self.grade_timeout_s))
+            solving = Solving(self, run.cfg, problems, samples, grader, self.policy(planned))
+            if samples.rows:
+                run.say(f"resuming: {len(samples.rows)} generations of {len(problems)} problems are done already")
+            if solving.todo:
+                live = stack.enter_context(pipeline.endpoint(run))
+                sandbox: SandboxClient | None = None
+                if self.uses_tools:
+                    sandbox = stack.enter_context(run.cfg.sandbox.launch(run.folder / "logs"))
+                    run.tracker.tags({"sandbox.tier": sandbox.tier})
+                solving.lay_out(tokenizer(run))
+                with run.stage("generate"):
+                    counts = solving.to_the_end(live, sandbox)
+            with run.stage("grade"):
+                metrics = conclude(run.folder, about(run, planned), solving.records(), grader, self.vote, counts)
+            if samples.folder != run.folder:
+                shutil.copyfile(samples.folder / TRANSCRIPTS, run.folder / TRANSCRIPTS)
+                shutil.rmtree(samples.folder)
+        run.log(metrics)
+        for name in (SAMPLES, TRANSCRIPTS, METRICS, REPORT, PROBLEMS):
+            run.tracker.artifact(run.folder / name)
+        return metrics.get("accuracy/pass_at_1")
+
+    def _planned(self, run: Run) -> int:
+        if run.cfg.sampling.temperature == 0 and self.num_generations > 1:
+            run.say(f"temperature 0: one generation per problem instead of {self.num_generations} equal ones")
+            return 1
+        return self.num_generations
+
+
+def tokenizer(run: Run) -> Any:
+    """The model's tokenizer; for a remote server without fetching weights."""
+    from omr import hub, pipeline, source, text
+
+    model = run.cfg.model
+    if run.cfg.server.needs_weights:
+        return text.load_tokenizer(pipeline.weights(run).path)
+    local = source.local_folder(model)
+    if local is not None:
+        return text.load_tokenizer(local)
+    if model.hub is None:
+        raise ConfigError(f"server={run.cfg.server.option_name} needs a tokenizer here: set model.path or model.hub")
+    commit = hub.resolve_revision(model.hub, model.revision)
+    return text.load_tokenizer(
+        hub.snapshot(model.hub, commit, ["*token*", "*.jinja", "vocab*", "merges*", "config.json"])
+    )
+
+
+def about(run: Run, planned: int) -> dict[str, Any]:
+    """What the numbers are numbers of, for report.md and metrics.json."""
+    cfg, job = run.cfg, run.cfg.job
+    assert isinstance(job, Eval)
+    policy = {
+        "first": job.stop_after,
+        "decided": job.stop_when_decided or None,
+        "agreement": job.stop_at_agreement,
+        "boxed": job.stop_at_boxed or None,
+        "time_budget_s": job.time_budget_s,
+        "time_buffer_s": job.time_buffer_s or None,
+        "deadline_s": job.deadline_s,
+    }
+    return {
+        "title": f"{cfg.benchmark.name}: {cfg.model.name} {cfg.quant.option_name} {cfg.drafter.option_name}",
+        "server": f"{cfg.server.option_name} on {cfg.device_name()}",
+        "sampling": f"temperature {cfg.sampling.temperature}, top_p {cfg.sampling.top_p}, top_k {cfg.sampling.top_k}, "
+        f"max_tokens {cfg.sampling.max_tokens}, seed {cfg.sampling.seed}",
+        "generations per problem": planned,
+        "tools": f"up to {job.max_code_executions} executions" if job.uses_tools else "off",
+        "stop policy": ", ".join(f"{name} {value}" for name, value in policy.items() if value is not None) or "none",
+        "vote weight": job.vote.name,
+        "run": run.tracker.run_id,
+        "fingerprint": run.fingerprint,
+    }
