@@ -56,8 +56,10 @@ class Sandbox:
 
     timeout_s: float = 10.0
     """Per code block."""
+    session_s: float = 600.0
+    """Execution time of one session, summed over its blocks; 0: no limit."""
     memory_mb: int = 1024
-    """Address space of one session."""
+    """What one session may allocate, the preloaded interpreter not counted."""
     output_chars: int = 1000
     """Output kept per block; the rest is dropped and marked."""
 
@@ -65,6 +67,8 @@ class Sandbox:
         for name in ("timeout_s", "memory_mb", "output_chars"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"sandbox.{name} must be > 0, got {getattr(self, name)}")
+        if self.session_s < 0:
+            raise ConfigError(f"sandbox.session_s must be >= 0, got {self.session_s}")
 
     def preflight(self) -> None:
         """Refuse what this machine cannot isolate. Raises MissingBackend or ConfigError."""
