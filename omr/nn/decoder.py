@@ -109,7 +109,7 @@ def norm_of(module: RMSNorm) -> Product:
 
 
 def norm(weight: torch.Tensor, eps: float) -> Product:
-    """RMS norm over the last dimension; in float32 as x / hypot(|x|, sqrt(n eps)) * (weight sqrt(n)), four light calls."""
+    """RMS norm over the last dimension; in float32 x / hypot(|x|, sqrt(n eps)) * (weight sqrt(n)): four light calls."""
     size = weight.shape[-1]
     if weight.dtype != torch.float32:
         shape = (size,)

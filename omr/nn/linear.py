@@ -5,12 +5,15 @@ All compute y = x W^T + b with W the dequantised weight; they differ in what is 
     class        stored                        CPU                                   CUDA
     Fp8Linear    E4M3, scale per tensor or     W dequantised once; x rounded to      E4M3 x E4M3 product
                  row, static input scale       E4M3 at the input scale each call     (torch._scaled_mm)
-    Int8Linear   int8, scale per row           int8 product up to 16 rows, else      W dequantised each call
-                                               W dequantised each call
+    Int8Linear   int8, scale per row           float32: W dequantised once           W dequantised each call
+                                               bf16: int8 product up to 8 rows,
+                                               else W dequantised each call
     GroupLinear  4 or 8 bits, scale per group  W dequantised once                    W dequantised once
 
 The E4M3 cast is scalar code on CPU and an FP8 product through it is 60 to 190 times slower than bf16, so the CPU
 keeps the dequantised weight: the numbers are those of FP8 arithmetic with a wide accumulator, the memory is not.
+torch's int8 product is fast for bf16 activations only (in float32 it is 8 to 40 times slower than the dense product), and
+reads past the end of rows that are not a multiple of 16 long.
 Rounding x on CPU does not go through the cast either: `round_e4m3` rounds in float32 arithmetic, exactly.
 """
 
@@ -99,22 +102,25 @@ class Fp8Linear(QuantLinear):
 class Int8Linear(QuantLinear):
     """int8 weight (N, K) with one scale per row; activations stay in the model's dtype."""
 
-    MAX_PACKED_ROWS = 16
+    MAX_PACKED_ROWS = 8
 
     def __init__(
         self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> None:
         super().__init__(*weight.shape)
-        self.register_buffer("weight", weight)
+        self.packed = weight.is_cuda or dtype != torch.float32
         self.register_buffer("scale", scale.reshape(-1).to(dtype))
+        self.register_buffer("weight", weight if self.packed else weight.to(dtype) * self.scale[:, None])
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight.to(dtype) * self.scale.to(dtype)[:, None]
+        return self.weight.to(dtype) * self.scale.to(dtype)[:, None] if self.packed else self.weight.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.packed:
+            return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
-        if x.is_cuda or flat.shape[0] > self.MAX_PACKED_ROWS:
+        if x.is_cuda or flat.shape[0] > self.MAX_PACKED_ROWS or self.in_features % 16:
             return F.linear(x, self.dense(x.dtype), self.bias)
         out = torch._weight_int8pack_mm(flat, self.weight, self.scale)
         if self.bias is not None:
@@ -167,7 +173,7 @@ def fuse(parts: list[nn.Module]) -> nn.Module:
     nn.Module.__init__(fused)
     fused.in_features = parts[0].in_features
     fused.out_features = sum(part.out_features for part in parts)
-    for name in ("dtype", "product"):
+    for name in ("dtype", "product", "packed"):
         if name in parts[0].__dict__:
             fused.__dict__[name] = parts[0].__dict__[name]
     for name in ("weight", "bias", "scale", "input_scale"):

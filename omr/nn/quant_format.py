@@ -3,10 +3,9 @@
 `compressed-tensors` (vLLM, SGLang, transformers) and `modelopt` (TensorRT-LLM) describe the same FP8 tensors; omr
 writes the first in config.json and the second in hf_quant_config.json beside it. Layouts, for a weight (N, K):
 
-    float-quantized  X.weight E4M3 (N, K), X.weight_scale (1,) or (N, 1), X.input_scale (1,) when activations are static
-    pack-quantized   X.weight_packed int32 (N, ceil(K / n)), n = 32 / bits; value + 2^(bits-1), first value in the low
-    bits;
-                     X.weight_scale (N, 1) per channel or (N, K / group); X.weight_shape int64 (2,)
+    float-quantized  X.weight E4M3 (N, K), X.weight_scale (1,) or (N, 1), X.input_scale (1,) if activations are static
+    pack-quantized   X.weight_packed int32 (N, ceil(K / n)) with n = 32 / bits: value + 2^(bits-1), the first value in
+                     the low bits; X.weight_scale (N, 1) or (N, K / group); X.weight_shape int64 (2,)
 """
 
 from __future__ import annotations
