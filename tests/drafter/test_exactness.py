@@ -1,0 +1,245 @@
+"""Speculation changes the speed and nothing else: the engine with every kind of drafter against plain decoding.
+
+Greedy output must be plain decoding's token for token (float32, CPU). A sampled token is a function of logits, seed and
+position, so sampled output must be plain decoding's as well, and its law must be the model's own: the joint law of
+tokens 1 and 2 against tests/data/redrafter/sampling.safetensors, that of tokens 2 and 3 (the third is drawn at the end
+of an accepted draft) against enumeration. Drafts that are right, wrong, trained, untrained or made of one token must
+not matter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import stats
+from torch import Tensor
+
+from omr.drafter import DraftModel
+from omr.drafter.ngram import Ngram
+from omr.drafter.redrafter import Redrafter
+from omr.engine.engine import Engine
+from omr.engine.request import Request
+from omr.nn.loader import load
+from omr.nn.transformer import Transformer
+
+DATA = Path(__file__).parents[1] / "data" / "redrafter"
+GREEDY = json.loads((DATA / "generate_greedy.json").read_text())
+DRAFTERS = ("none", "rnn2", "rnn1", "sum2", "proj", "ngram", "oracle", "contrary", "constant")
+
+
+class Oracle:
+    """Drafts what the base itself would say: every draft must be accepted."""
+
+    needs_hidden = False
+    num_draft_tok = 3
+
+    def __init__(self, model: Transformer, *, contrary: bool = False) -> None:
+        self.model, self.contrary = model, contrary
+
+    def propose(self, hidden: Tensor | None, tokens: Tensor, history: Sequence[Sequence[int]] | None) -> Tensor:
+        assert history is not None
+        rows = []
+        for ids in history:
+            text = list(ids)
+            for _ in range(self.num_draft_tok):
+                best = int(self.model.lm_head(self.model.hidden_states(torch.tensor([text]))[0, -1]).argmax())
+                text.append((best + 1) % 128 if self.contrary else best)
+            rows.append(text[len(ids) :])
+        return torch.tensor(rows)
+
+
+class Constant:
+    """Drafts one token for ever."""
+
+    needs_hidden = True
+    num_draft_tok = 5
+
+    def propose(self, hidden: Tensor | None, tokens: Tensor, history: Sequence[Sequence[int]] | None) -> Tensor:
+        assert hidden is not None and hidden.shape == (len(tokens), 32) and history is None
+        return torch.full((len(tokens), self.num_draft_tok), 88)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Transformer]:
+    with torch.inference_mode():
+        yield load(DATA / "base_lm", device="cpu")
+
+
+def drafter(name: str, model: Transformer) -> DraftModel | None:
+    if name == "none":
+        return None
+    if name == "ngram":
+        return Ngram().load(None, model)
+    if name in ("oracle", "contrary"):
+        return Oracle(model, contrary=name == "contrary")
+    if name == "constant":
+        return Constant()
+    return Redrafter().load(DATA / f"drafter_{name}", model)
+
+
+def engine(model: Transformer, name: str, **knobs: int) -> Engine:
+    settings = {"max_batch_size": 4, "kv_cache_tokens": 2048, "block_size": 16} | knobs
+    return Engine(model, draft=drafter(name, model), **settings)  # type: ignore[arg-type]
+
+
+def generate(engine: Engine, requests: list[Request]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Tokens of each request, and how many each step gave it."""
+    for request in requests:
+        engine.add(request)
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    lengths: dict[str, list[int]] = {request.id: [] for request in requests}
+    while engine.num_unfinished:
+        for output in engine.step():
+            tokens[output.id] += output.token_ids
+            lengths[output.id].append(len(output.token_ids))
+    assert engine.pool.num_free == engine.pool.capacity
+    return tokens, lengths
+
+
+def prompts(**knobs: object) -> list[Request]:
+    return [
+        Request(id=str(i), prompt_ids=ids, max_tokens=60, ignore_eos=True, **knobs)  # type: ignore[arg-type]
+        for i, ids in enumerate(GREEDY["prompts"])
+    ]
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_greedy_output_is_the_reference_model_s(name: str, model: Transformer) -> None:
+    made = engine(model, name)
+    tokens, lengths = generate(made, prompts())
+    assert list(tokens.values()) == GREEDY["autoregressive_rows"]
+    counts = made.counts
+    if name == "oracle":
+        assert all(set(steps[1:-1]) == {4} for steps in lengths.values())
+        assert counts.accepted_tokens == counts.draft_tokens > 0
+    if name in ("contrary", "none"):
+        assert counts.accepted_tokens == 0 and all(set(steps) == {1} for steps in lengths.values())
+    if name in ("rnn2", "rnn1", "sum2"):
+        assert 0.5 < counts.accepted_tokens / counts.drafts < 1.5
+
+
+@pytest.mark.parametrize("name", ["rnn2", "rnn1", "sum2", "proj"])
+def test_every_step_accepts_what_the_reference_accepts(name: str, model: Transformer) -> None:
+    _, lengths = generate(engine(model, name), prompts())
+    known = GREEDY["runs"][f"{name}.1x4.all"]["steps"]
+    for row, steps in enumerate(lengths.values()):
+        accepted = [n - 1 for n in steps[1:]]  # the first token comes from the prompt
+        reference = [step["accepted"][row] for step in known]
+        shared = min(len(accepted) - 1, len(reference) - 1)  # either side may cut its last step
+        assert shared > 5 and accepted[:shared] == reference[:shared]
+
+
+@pytest.mark.parametrize("name", ["rnn2", "proj", "ngram", "constant"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"temperature": 0.8},
+        {"temperature": 1.3, "top_k": 20},
+        {"temperature": 1.0, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
+        {"temperature": 0.0, "presence_penalty": 0.5, "logprobs": 2},
+    ],
+)
+def test_sampled_output_is_plain_decoding_s(name: str, knobs: dict[str, object], model: Transformer) -> None:
+    plain, _ = generate(engine(model, "none"), prompts(seed=5, **knobs))
+    for sizes in ({}, {"max_batch_size": 2, "kv_cache_tokens": 160, "block_size": 4}):  # the second one preempts
+        drafted, _ = generate(engine(model, name, **sizes), prompts(seed=5, **knobs))
+        assert drafted == plain
+
+
+def joint(
+    model: Transformer, name: str, prompt: list[int], n: int, first: int, temperature: float, top_k: int
+) -> Tensor:
+    """Counts (V, V) of the tokens `first` and `first + 1` (from 0) in n samples."""
+    made = engine(model, name, max_batch_size=64, kv_cache_tokens=8192)
+    asked = [
+        Request(
+            id=str(i),
+            prompt_ids=prompt,
+            max_tokens=first + 2,
+            temperature=temperature,
+            top_k=top_k,
+            seed=i,
+            ignore_eos=True,
+        )
+        for i in range(n)
+    ]
+    tokens, _ = generate(made, asked)
+    pairs = torch.tensor(list(tokens.values()))[:, first : first + 2]
+    return torch.bincount(pairs[:, 0] * 128 + pairs[:, 1], minlength=128 * 128).view(128, 128)
+
+
+def assert_drawn_from(counts: Tensor, law: Tensor, *, alpha: float = 1e-4) -> None:
+    """Chi-square over cells pooled to at least 8 expected, and total variation within an exact sampler's noise."""
+    n, flat, seen = int(counts.sum()), law.flatten().double().numpy(), counts.flatten().numpy()
+    flat = flat / flat.sum()
+    assert seen[flat == 0].sum() == 0, "a token that cannot be drawn was drawn"
+    order = np.argsort(-flat)
+    big = order[flat[order] * n >= 8]
+    expected = np.append(flat[big], 1 - flat[big].sum()) * n
+    observed = np.append(seen[big], n - seen[big].sum())
+    if expected[-1] < 8:
+        expected, observed = expected[:-1], observed[:-1]
+        expected = expected * observed.sum() / expected.sum()
+    p = stats.chisquare(observed, expected).pvalue
+    assert p > alpha, f"chi-square p = {p:.2g} over {len(expected)} cells"
+    rng = np.random.default_rng(0)
+    exact = [np.abs(rng.multinomial(n, flat) / n - flat).sum() / 2 for _ in range(20)]
+    distance = np.abs(seen / n - flat).sum() / 2
+    assert distance < np.mean(exact) + 5 * np.std(exact), (distance, np.mean(exact), np.std(exact))
+
+
+def check_laws(model: Transformer, name: str, n: int, temperature: float, top_k: int, prompt_number: int) -> None:
+    golden = load_file(DATA / "sampling.safetensors")
+    key = f"p{prompt_number}.T{temperature}.top{top_k}.p12"
+    prompt = golden[f"p{prompt_number}.prompt"].tolist()
+    assert_drawn_from(joint(model, name, prompt, n, 0, temperature, top_k), golden[key])
+    assert_drawn_from(
+        joint(model, name, prompt, n, 1, temperature, top_k),
+        law_of_second_pair(model, prompt, golden[key], temperature, top_k),
+    )
+
+
+def law_of_second_pair(
+    model: Transformer, prompt: list[int], first_pair: Tensor, temperature: float, top_k: int
+) -> Tensor:
+    """Law (V, V) of tokens 2 and 3, by enumerating the first two: sum over t1 of p(t1, t2) p(t3 | t1, t2)."""
+    pairs = torch.cartesian_prod(torch.arange(128), torch.arange(128))
+    weight = first_pair.double().flatten()
+    kept = weight > 1e-9
+    ids = torch.cat([torch.tensor(prompt).expand(int(kept.sum()), -1), pairs[kept]], dim=1)
+    law = torch.zeros(128, 128, dtype=torch.float64)
+    for rows, w, second in zip(ids.split(2048), weight[kept].split(2048), pairs[kept, 1].split(2048), strict=True):
+        logits = model.lm_head(model.hidden_states(rows)[:, -1])
+        if top_k:
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        law.index_add_(0, second, torch.softmax(logits.double() / temperature, -1) * w[:, None])
+    return law
+
+
+def test_joint_law_of_sampled_output(model: Transformer) -> None:
+    check_laws(model, "rnn2", 3000, 1.0, 50, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "rnn2", "proj", "ngram"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("top_k", [0, 50])
+@pytest.mark.parametrize("prompt_number", [0, 1])
+def test_joint_laws_of_sampled_output(
+    name: str, temperature: float, top_k: int, prompt_number: int, model: Transformer
+) -> None:
+    check_laws(model, name, 8000, temperature, top_k, prompt_number)
+
+
+def test_the_law_check_can_fail(model: Transformer) -> None:
+    golden = load_file(DATA / "sampling.safetensors")
+    counts = joint(model, "none", golden["p0.prompt"].tolist(), 3000, 0, 1.0, 0)
+    with pytest.raises(AssertionError):
+        assert_drawn_from(counts, golden["p0.T0.7.top0.p12"])
