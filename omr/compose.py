@@ -76,7 +76,7 @@ def plan(overrides: list[str], *, multirun: bool) -> Plan:
         target = ""
         try:
             with one_line():
-                root = _compose(plain).hydra
+                root = _compose(plain, hydra=True).hydra
             multirun = multirun or str(root.mode).endswith("MULTIRUN")
             params = dict(root.sweeper.get("params") or {})
             target = str(root.sweeper._target_)
@@ -108,7 +108,7 @@ def _cells(grid: list[list[str]], multirun: bool) -> tuple[list[Cell], bool, lis
         own = [o for o in overrides if not o.lstrip("+").startswith("hydra.")]
         try:
             with one_line():
-                cells.append(Cell(own, typed(_compose(overrides))))
+                cells.append(Cell(own, typed(_compose(overrides, hydra=False))))
         except ConfigError as error:
             refused.append(f"cell {at} ({' '.join(own)}): {error}" if len(grid) > 1 else str(error))
     return cells, multirun, refused
@@ -124,10 +124,10 @@ def _hydra() -> Iterator[None]:
         yield
 
 
-def _compose(overrides: list[str]) -> Any:
+def _compose(overrides: list[str], *, hydra: bool) -> Any:
     from hydra import compose
 
-    return compose("config", overrides=overrides, return_hydra_config=True)
+    return compose("config", overrides=overrides, return_hydra_config=hydra)
 
 
 @contextmanager

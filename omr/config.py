@@ -131,17 +131,16 @@ def register_schemas() -> None:
 
 
 def typed(composed: Any) -> Config:
-    """The typed config of one composed run.
+    """The typed config of one composed run (without Hydra's own node).
 
     Raises ConfigError for a key that no dataclass has (`+quant.clp=0.9`), a bad value or an impossible combination.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    plain = OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"])
-    _refuse_unknown(plain, Config, "")
+    _refuse_unknown(composed, Config, "")
     try:
-        cfg = OmegaConf.to_object(plain)
+        cfg = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from None
     assert isinstance(cfg, Config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omr.errors import ConfigError
 
@@ -65,6 +66,8 @@ class Model:
     def __post_init__(self) -> None:
         if not (self.path or self.embedded or self.package or self.hub):
             raise ConfigError("model has no source: set one of model.path, model.embedded, model.package, model.hub")
+        if self.path and self.name == self.embedded:
+            self.name = Path(self.path).name  # another folder put over the embedded model does not keep its name
         if self.package and "==" not in self.package:
             raise ConfigError(f"model.package must pin a version with ==, got {self.package!r}")
         if self.context_tokens < 16:
