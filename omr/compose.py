@@ -145,12 +145,16 @@ def one_line() -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> str:
+    from hydra.errors import OverrideParseException
+
     chain = []
     at: BaseException | None = error
     while at is not None:
         chain.append(at)
         at = at.__cause__ or at.__context__
     text = "\n".join(str(e) for e in chain)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not KEY=VALUE, +KEY=VALUE or ~KEY; quote what contains spaces or commas"
     if found := re.search(r"Could not find '([^/']+)/([^']+)'", text):
         group, choice = found.groups()
         return f"{group}={choice}: no such choice{nearest(choice, _choices(group))}"
