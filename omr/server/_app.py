@@ -47,6 +47,8 @@ class Loaded:
     """A transformers tokenizer: chat template and encoding."""
     vocabulary: Vocabulary
     vocab_size: int
+    speculates: bool
+    """Whether a drafter is at work: its counters are shown only then."""
     load: Callable[[], tuple[int, int, float]]
     """(sequences running, sequences waiting, share of KV blocks in use)."""
 
@@ -126,7 +128,7 @@ class Service:
     async def _metrics_page(self, request: Request) -> Response:
         loaded: Loaded | None = self._thread.loaded
         running, waiting, usage = loaded.load() if loaded else (0, 0, 0.0)
-        spec: SpecCounts | None = loaded.engine.counts if loaded else None
+        spec: SpecCounts | None = loaded.engine.counts if loaded and loaded.speculates else None
         text = self._metrics.render(running=running, waiting=waiting, kv_usage=usage, spec=spec)
         return Response(text, media_type=CONTENT_TYPE)
 

@@ -160,10 +160,14 @@ def _encodable(text: str, name: str) -> str:
     return text
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
 def parse_json(raw: bytes) -> dict[str, Any]:
     """The JSON object in a request body."""
     try:
-        data = json.loads(raw)
+        data = json.loads(raw, parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise BadRequest("the body is not UTF-8") from None
     except (ValueError, RecursionError) as error:

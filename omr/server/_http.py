@@ -91,7 +91,12 @@ def load(spec: NativeSpec) -> Loaded:
             "raise server.kv_cache_tokens or lower the context"
         )
     engine = Engine(
-        model, max_batch_size=spec.max_batch_size, kv_cache_tokens=tokens, block_size=spec.block_size, draft=draft
+        model,
+        max_batch_size=spec.max_batch_size,
+        kv_cache_tokens=tokens,
+        block_size=spec.block_size,
+        draft=draft,
+        context_tokens=spec.context_tokens,
     )
     say(f"KV cache of {tokens} tokens, batch of at most {spec.max_batch_size}")
     return Loaded(
@@ -99,6 +104,7 @@ def load(spec: NativeSpec) -> Loaded:
         tokenizer=tokenizer,
         vocabulary=Vocabulary(tokenizer.backend_tokenizer),
         vocab_size=model.config.vocab_size,
+        speculates=draft is not None,
         load=lambda: (engine.num_running, engine.num_waiting, engine.kv_usage),
     )
 
@@ -124,9 +130,13 @@ def default_threads(device: str) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises OSError when the port is taken."""
+    """A bound socket. Raises OSError when the port is taken.
+
+    The protocol is spelled out because asyncio switches Nagle's algorithm off only where it is: with it, every second
+    write of a response waits 40 ms for the client's delayed acknowledgement.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))

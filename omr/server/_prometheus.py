@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from omr.server import SpecCounts
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -82,3 +84,26 @@ def read(text: str) -> Iterator[Sample]:
 
 def _unescape(match: re.Match[str]) -> str:
     return "\n" if match[1] == "n" else match[1]
+
+
+def spec_counts(text: str, prefix: str) -> SpecCounts | None:
+    """vLLM's four speculation counters under `prefix`, summed over engines; None when the page has none of them."""
+    totals: dict[str, float] = {}
+    per_pos: dict[int, float] = {}
+    for one in read(text):
+        if not one.name.startswith(prefix):
+            continue
+        name = one.name.removeprefix(prefix).removesuffix("_total")
+        if name == "accepted_tokens_per_pos":
+            position = int(one.labels.get("position", "0"))
+            per_pos[position] = per_pos.get(position, 0) + one.value
+        else:
+            totals[name] = totals.get(name, 0) + one.value
+    if "drafts" not in totals:
+        return None
+    return SpecCounts(
+        drafts=int(totals["drafts"]),
+        draft_tokens=int(totals.get("draft_tokens", 0)),
+        accepted_tokens=int(totals.get("accepted_tokens", 0)),
+        accepted_per_pos=[int(per_pos.get(i, 0)) for i in range(max(per_pos, default=-1) + 1)],
+    )
