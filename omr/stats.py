@@ -55,8 +55,12 @@ def bootstrap_mean(scores: Sequence[float], *, seed: int = 0, draws: int = 4000)
     values = numpy.asarray(scores, dtype=numpy.float64)
     assert values.size > 0
     rng = numpy.random.default_rng(seed)
-    counts = rng.multinomial(values.size, numpy.full(values.size, 1 / values.size), size=draws)
-    low, high = numpy.quantile(counts @ values / values.size, [0.025, 0.975])
+    at_once = max(1, 2_000_000 // values.size)
+    means = [
+        values[rng.integers(values.size, size=(min(at_once, draws - done), values.size))].mean(axis=1)
+        for done in range(0, draws, at_once)
+    ]
+    low, high = numpy.quantile(numpy.concatenate(means), [0.025, 0.975])
     return Interval(float(low), float(high))
 
 

@@ -72,7 +72,7 @@ def closing_brace(text: str, start: int) -> int | None:
 
 def undress(answer: str) -> str:
     """`answer` without what carries no value: boxes, math delimiters, spacing commands, units, percent, `x =`."""
-    text = answer.strip()
+    text = re.sub(r"\s+", " ", answer).strip()  # first, for the patterns below are quadratic in runs of spaces
     for _ in range(4):  # nested dressing is finite in practice; junk must not loop
         before = text
         boxed = last_boxed(text) if _BOXED.match(text) else None
@@ -121,8 +121,15 @@ def number(text: str) -> Fraction | None:
     return None
 
 
+def _is_plain(text: str) -> bool:
+    """Decimal digits and nothing else: most answers of most contests."""
+    return len(text) < 1000 and text.isascii() and text.isdigit()
+
+
 def vote_key(answer: str) -> str:
     """The form under which equal answers meet in a vote: exact number if it is one, else undressed text."""
+    if _is_plain(answer):
+        return str(int(answer))
     text = undress(answer)
     value = number(text)
     if value is not None:
@@ -136,6 +143,8 @@ def settle(prediction: str | None, reference: str) -> bool | None:
         return False
     if prediction.strip() == reference.strip():
         return True
+    if _is_plain(prediction) and _is_plain(reference):
+        return int(prediction) == int(reference)
     if max(len(prediction), len(reference)) > MAX_CHARS:
         return False
     left, right = undress(prediction), undress(reference)
