@@ -56,14 +56,16 @@ class Bare:
         self.view = view
         self.scratch_root = scratch_root
         self.root = os.geteuid() == 0
-        self.mapped_bytes = self.data_bytes = self.zygote_pid = 0
+        self.landlock_abi = 0
 
     def enter_zygote(self) -> None:
         """Everything that is done once. Raises StepError."""
         self._proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def settle(self) -> None:
-        """In the zygote, once the imports are done: what they map is not the sessions' memory."""
+    def settle(self, limits: Limits) -> None:
+        """In the zygote, once the imports are done: what they map is not the sessions' memory. Prepares what all
+        sessions share, so that none has to."""
+        self.limits = limits
         self.zygote_pid = 0 if self.own_space else os.getpid()
         with os.fdopen(os.open("self/statm", os.O_RDONLY, dir_fd=self._proc)) as statm:
             pages = [int(field) for field in statm.read().split()]
@@ -73,7 +75,11 @@ class Bare:
         """os.fork, into the session's process space."""
         return os.fork()
 
-    def enter_session(self, kind: str, index: int, limits: Limits) -> str:
+    def scratch_of(self, index: int) -> str:
+        """Path, on the host, of a session's scratch folder; empty if it vanishes with the session."""
+        return os.path.join(self.scratch_root, str(index))
+
+    def enter_session(self, kind: str, index: int) -> str:
         """Confine this process for good; returns its scratch folder. Raises StepError."""
         scratch = self._own_scratch(index)
         self._prefer_for_oom()
@@ -81,12 +87,12 @@ class Bare:
             self._drop_root(index)
         else:
             _linux.drop_capabilities()
-        self._limit(limits)
+        self._limit()
         self._forsake(kind, scratch)
         return scratch
 
     def _own_scratch(self, index: int) -> str:
-        path = os.path.join(self.scratch_root, str(index))
+        path = self.scratch_of(index)
         os.mkdir(path, 0o700)
         if self.root:
             os.chown(path, self._uid(index), self._uid(index))
@@ -113,7 +119,8 @@ class Bare:
         os.write(fd, b"1000")
         os.close(fd)
 
-    def _limit(self, limits: Limits) -> None:
+    def _limit(self) -> None:
+        limits = self.limits
         for which, value in (
             (resource.RLIMIT_AS, self.mapped_bytes + limits.memory_bytes),
             (resource.RLIMIT_DATA, self.data_bytes + limits.memory_bytes),
@@ -125,16 +132,16 @@ class Bare:
             (resource.RLIMIT_MSGQUEUE, 0),
             (resource.RLIMIT_SIGPENDING, 64),
             (resource.RLIMIT_STACK, 8 * MIB),
-            (resource.RLIMIT_NPROC, self._processes(limits)),
+            (resource.RLIMIT_NPROC, self._processes()),
         ):
             _linux.limit(which, value)
         os.nice(_NICENESS)
 
-    def _processes(self, limits: Limits) -> int:
+    def _processes(self) -> int:
         """RLIMIT_NPROC counts all processes of a uid: without an own one, leave room for the owner's others."""
         if self.root:
-            return limits.threads
-        return limits.threads + sum(1 for name in os.listdir(self._proc) if name.isdigit()) * 4
+            return self.limits.threads
+        return self.limits.threads + sum(1 for name in os.listdir(self._proc) if name.isdigit()) * 4
 
     def _forsake(self, kind: str, scratch: str) -> None:
         """The last steps, in the session's final uid."""
@@ -153,15 +160,25 @@ class Landlocked(Bare):
         if not self.landlock_abi and not self.own_space:
             raise StepError("landlock_create_ruleset", errno.ENOSYS)
 
+    def settle(self, limits: Limits) -> None:
+        super().settle(limits)
+        self._filters = {kind: self._filter(kind) for kind in ("python", "shell")} if self._any_pid() else {}
+
+    def _any_pid(self) -> bool:
+        """Whether kill may name any process: the session's own process space, or Landlock, keeps it from others."""
+        return self.own_space or self.landlock_abi >= 6
+
+    def _filter(self, kind: str) -> bytes:
+        own_pid = None if self._any_pid() else os.getpid()
+        code = _seccomp.program(kind, arch=_syscalls.machine(), own_pid=own_pid, own_space=self.own_space)
+        return _seccomp.assemble(code)
+
     def _forsake(self, kind: str, scratch: str) -> None:
         super()._forsake(kind, scratch)
         _linux.no_new_privileges()
         if self.landlock_abi:
             _landlock.restrict(self.view.grants(kind, scratch, whole=self.own_space))
-        alone = self.own_space or self.landlock_abi >= 6
-        own_pid = None if alone else os.getpid()
-        code = _seccomp.program(kind, arch=_syscalls.machine(), own_pid=own_pid, own_space=self.own_space)
-        _seccomp.install(_seccomp.assemble(code))
+        _seccomp.install(self._filters.get(kind) or self._filter(kind))
 
 
 class Namespaces(Landlocked):
@@ -226,22 +243,25 @@ class Namespaces(Landlocked):
         finally:
             os.close(own)
 
-    def enter_session(self, kind: str, index: int, limits: Limits) -> str:
+    def scratch_of(self, index: int) -> str:
+        return ""
+
+    def enter_session(self, kind: str, index: int) -> str:
         self._prefer_for_oom()
         _linux.unshare(self._PER_SESSION)
-        options = f"size={limits.scratch_bytes},nr_inodes={limits.inodes},mode=0700"
+        options = f"size={self.limits.scratch_bytes},nr_inodes={self.limits.inodes},mode=0700"
         _linux.mount(
             "tmpfs", self.view.scratch, "tmpfs", _linux.MS_NOSUID | _linux.MS_NODEV | _linux.MS_NOEXEC, options
         )
         os.chdir(self.view.scratch)
         _linux.unshare(_linux.CLONE_NEWUSER)
         _linux.drop_capabilities()
-        self._limit(limits)
+        self._limit()
         self._forsake(kind, self.view.scratch)
         return self.view.scratch
 
-    def _processes(self, limits: Limits) -> int:
-        return limits.threads  # counted within the session's own user namespace
+    def _processes(self) -> int:
+        return self.limits.threads  # counted within the session's own user namespace
 
 
 TIERS = (Namespaces, Landlocked, Bare)

@@ -17,20 +17,22 @@ from typing import Any
 
 from omr.errors import ChildError, MissingBackend
 from omr.sandbox import _frames, _view
-from omr.sandbox._session import Kind, LocalSession, _Process
+from omr.sandbox._session import Kind, LocalSession, Process, raise_refusal, readable
 
 _BOOT = """
 import sys
 sys.path.append({home!r})
-from omr.sandbox import _zygote
+from omr.sandbox import _watcher
 sys.path.remove({home!r})
-_zygote.main({fd})
+_watcher.main({fd})
 """
 _START_TIMEOUT_S = 30.0
 _OPEN_TIMEOUT_S = 120.0
 _MAX_OPENING = 32
 """Requests in flight: descriptors in flight are limited too."""
 _MIN_OPEN_FILES = 8192
+SPARES = 2
+"""Sessions forked ahead of their use."""
 
 
 @dataclass(kw_only=True)
@@ -51,10 +53,12 @@ class LocalClient:
     def __init__(self, control: socket.socket, hello: dict[str, Any], limits: SessionLimits, log: Path) -> None:
         self.tier: str = hello["tier"]
         self.landlock_abi: int = hello["landlock_abi"]
+        self.refused: str = explain(hello["refusals"])
+        """Why the tiers before this one do not work here; empty for the first."""
         self.limits = limits
         self._control = control
         self._log = log
-        self._processes: set[_Process] = set()
+        self._processes: set[Process] = set()
         self._opening = 0
 
     def session(self, kind: Kind = "notebook") -> LocalSession:
@@ -65,60 +69,55 @@ class LocalClient:
     def live_sessions(self) -> int:
         return len(self._processes)
 
-    async def open(self, kind: Kind) -> _Process:
+    async def open(self, kind: Kind) -> Process:
         """Have the zygote fork a session. Raises ResourceError or ChildError."""
         while self._opening >= _MAX_OPENING:
             await asyncio.sleep(0.002)
         self._opening += 1
+        process = None
         try:
-            return await self._open(kind)
+            async with asyncio.timeout(_OPEN_TIMEOUT_S):
+                process = await self._ask(kind)
+                self._processes.add(process)
+                await process.await_ready()
+            return process
+        except BaseException as error:
+            if process is not None:
+                self.discard(process)
+            if isinstance(error, EOFError | TimeoutError | BrokenPipeError | ConnectionResetError | _frames.BadFrame):
+                what = f"the sandbox cannot open a session ({type(error).__name__})"
+                raise ChildError(f"{what}; its log: {self._log}", _tail(self._log)) from None
+            raise
         finally:
             self._opening -= 1
 
-    async def _open(self, kind: Kind) -> _Process:
+    async def _ask(self, kind: Kind) -> Process:
+        """The zygote's answer to a request. Raises EOFError, OSError, ResourceError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        out_read, out_write = os.pipe2(os.O_CLOEXEC)
-        err_read, err_write = os.pipe2(os.O_CLOEXEC)
-        ours.setblocking(False)
-        os.set_blocking(out_read, False)
-        os.set_blocking(err_read, False)
-        process = _Process(ours, out_read, err_read)
-        self._processes.add(process)
-        limits = self.limits
-        request = {
-            "kind": kind,
-            "memory_bytes": limits.memory_bytes,
-            "scratch_bytes": limits.scratch_bytes,
-            "cpu_s": int(2 * limits.session_s) + 10 if limits.session_s else 1 << 30,
-            "seed": limits.seed,
-        }
-        try:
-            try:
-                socket.send_fds(self._control, [_frames.pack(request)], [theirs.fileno(), out_write, err_write])
-            finally:
-                theirs.close()
-                os.close(out_write)
-                os.close(err_write)
-            async with asyncio.timeout(_OPEN_TIMEOUT_S):
-                await process.await_ready()
-        except (EOFError, TimeoutError, _frames.BadFrame) as error:
-            self.discard(process)
-            raise ChildError(
-                f"the sandbox died ({type(error).__name__}); its log: {self._log}", _tail(self._log)
-            ) from None
-        except OSError as error:
-            self.discard(process)
-            if error.errno in (errno.EPIPE, errno.ECONNRESET):
-                raise ChildError(f"the sandbox is gone; its log: {self._log}", _tail(self._log)) from None
-            raise
-        except BaseException:
-            self.discard(process)
-            raise
-        return process
+        with ours:
+            ours.setblocking(False)
+            with theirs:
+                socket.send_fds(self._control, [_frames.pack({"kind": kind})], [theirs.fileno()])
+            await readable(ours.fileno())
+            data, fds, _, _ = socket.recv_fds(ours, 4096, 4)
+        if not data:
+            raise EOFError
+        (message,) = _frames.Splitter(_frames.FROM_SESSION).feed(data)
+        if len(fds) != 4:
+            for fd in fds:
+                os.close(fd)
+            raise_refusal(message)
+        group = 0 if self.tier == "namespace" else message["pid"]
+        return Process(fds, group=group, scratch=message["scratch"])
 
-    def discard(self, process: _Process) -> None:
-        process.release()
-        self._processes.discard(process)
+    def discard(self, process: Process) -> None:
+        """Kill a session's process and forget it."""
+        if process in self._processes:
+            self._processes.remove(process)
+            process.release()
+            if process.scratch:
+                with contextlib.suppress(OSError):
+                    self._control.send(_frames.pack({"bury": process.scratch}))
 
     def kill_sessions(self) -> None:
         for process in list(self._processes):
@@ -126,7 +125,9 @@ class LocalClient:
 
 
 @contextlib.contextmanager
-def start(tiers: tuple[str, ...], limits: SessionLimits, log_dir: Path) -> Iterator[LocalClient]:
+def start(
+    tiers: tuple[str, ...], limits: SessionLimits, log_dir: Path, *, spares: int = SPARES
+) -> Iterator[LocalClient]:
     """A running zygote in the first of `tiers` that works here. Everything it started is dead on exit.
 
     Returns as soon as a trial session passed: imports go on while the caller does. Raises MissingBackend naming the
@@ -138,6 +139,18 @@ def start(tiers: tuple[str, ...], limits: SessionLimits, log_dir: Path) -> Itera
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     found = _view.find()
     boot = _BOOT.format(home=str(Path(__file__).resolve().parents[2]), fd=theirs.fileno())
+    settings = {
+        "owner": os.getpid(),
+        "tiers": tiers,
+        "spares": spares,
+        "seed": limits.seed,
+        "limits": {
+            "memory_bytes": limits.memory_bytes,
+            "scratch_bytes": limits.scratch_bytes,
+            "cpu_s": int(2 * limits.session_s) + 10 if limits.session_s else 1 << 30,
+        },
+        **found,
+    }
     with contextlib.ExitStack() as stack:
         stack.callback(control.close)
         with theirs, log.open("ab") as log_file:
@@ -154,7 +167,6 @@ def start(tiers: tuple[str, ...], limits: SessionLimits, log_dir: Path) -> Itera
         stack.callback(_end, child)
         stack.callback(control.close)
         control.settimeout(_START_TIMEOUT_S)
-        settings = {"owner": os.getpid(), "tiers": tiers, **found}
         try:
             control.sendall(_frames.pack(settings))
             hello = _receive(control)
@@ -162,12 +174,20 @@ def start(tiers: tuple[str, ...], limits: SessionLimits, log_dir: Path) -> Itera
             raise ChildError(f"the sandbox did not start ({error}); its log: {log}", _tail(log)) from None
         if hello is None:
             raise ChildError(f"the sandbox died at its start; its log: {log}", _tail(log))
-        if "refusals" in hello:
-            raise MissingBackend("process isolation", why=_explain(hello["refusals"]))
+        if hello["tier"] is None:
+            raise MissingBackend("process isolation", why=explain(hello["refusals"]))
         control.setblocking(False)
         client = LocalClient(control, hello, limits, log)
         stack.callback(client.kill_sessions)
         yield client
+
+
+def explain(refusals: list[dict[str, Any]]) -> str:
+    """The tiers that did not work, each with its failing step and errno, on one line."""
+    return "; ".join(
+        f"{r['tier']}: {r['step']}" + (f": {errno.errorcode.get(r['errno'], r['errno'])}" if r["errno"] else "")
+        for r in refusals
+    )
 
 
 def _receive(control: socket.socket) -> dict[str, Any] | None:
@@ -188,10 +208,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _explain(refusals: list[dict[str, Any]]) -> str:
-    return "; ".join(f"{r['tier']}: {r['step']}: {errno.errorcode.get(r['errno'], r['errno'])}" for r in refusals)
-
-
 def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
@@ -199,8 +215,7 @@ def _tail(log: Path) -> str:
 def _environment(found: dict[str, Any]) -> dict[str, str]:
     """All that sessions see of an environment. One thread per library: a zygote that forks must have no other."""
     return {
-        "PATH": ":".join(["/usr/bin", "/bin", *found["view"]["programs"]]),
-        "PYTHONPATH": ":".join(found["packages"]),  # for `python3` in shell sessions; the zygote goes by sys.path
+        "PATH": ":".join([*found["view"]["programs"], "/usr/bin", "/bin"]),
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "LANG": "C.UTF-8",

@@ -171,12 +171,8 @@ def keep_capabilities() -> None:
 def drop_capabilities(but: int | None = None) -> None:
     """Empty the bounding, ambient, inheritable, permitted and effective sets, all but capability `but`."""
     for capability in range(_LAST_CAPABILITY + 1):
-        try:
-            call("prctl(CAPBSET_DROP)", "prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
-        except StepError as error:
-            if error.errno in (errno.EINVAL, errno.EPERM):  # past the kernel's last one; or none to drop without root
-                break
-            raise
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:  # past the kernel's last; or no right to drop
+            break
     call("prctl(CAP_AMBIENT)", "prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
     kept = 0 if but is None else 1 << but

@@ -8,6 +8,7 @@ empty tmpfs, or left out of the grants.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from omr.sandbox import _landlock, _linux
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/dev/random")
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/usr/libexec", "/usr/share/zoneinfo", "/lib", "/lib64", "/lib32")
 _PROGRAMS = ("/usr/bin", "/bin")
+_MAX_DEPTH = 1_000_000
 _STAGE = "/tmp"  # any folder that exists everywhere; covered in a mount namespace of our own only
 
 
@@ -76,6 +78,35 @@ class View:
         else:
             os.makedirs(path, 0o755, exist_ok=True)
             _linux.bind_read_only(source, path)
+
+
+def remove_tree(folder: str) -> None:
+    """Remove what a session left, whatever its depth or permissions. The session must be dead.
+
+    Subfolders are first moved up to `folder`: no path grows long, and no recursion follows the depth.
+    """
+    for count in itertools.count():
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:
+            return
+        if not entries:
+            break
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    os.chmod(entry.path, 0o700)
+                    for child in list(os.scandir(entry.path)):
+                        if child.is_dir(follow_symlinks=False):
+                            os.rename(child.path, os.path.join(folder, f"{count}-{child.inode()}"))
+                        else:
+                            os.unlink(child.path)
+                    os.rmdir(entry.path)
+                else:
+                    os.unlink(entry.path)
+        if count > _MAX_DEPTH:
+            return
+    os.rmdir(folder)
 
 
 def _within(path: str, folder: str) -> bool:

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omr.errors import ResourceError
 from omr.sandbox import Outcome, _frames
@@ -31,6 +31,7 @@ _PAUSE_S = 0.002
 _SPILL = 16 << 20
 """Bytes of output read from one block; a block that writes more waits for its time limit."""
 _SLACK = 8192
+_DEATH_TIMEOUT_S = 5.0
 
 
 class Drain:
@@ -105,7 +106,7 @@ class LocalSession:
         self._client = client
         self._kind = kind
         self._used_s = 0.0
-        self._process: _Process | None = None
+        self._process: Process | None = None
         self._lock = asyncio.Lock()
         self._closed = False
 
@@ -182,40 +183,29 @@ class LocalSession:
             self._client.discard(process)
 
 
-class _Process:
+class Process:
     """The process of a session, as seen from outside."""
 
-    def __init__(self, control: socket.socket, stdout: int, stderr: int) -> None:
-        self._control = control
+    def __init__(self, fds: list[int], *, group: int, scratch: str) -> None:
+        control, stdout, stderr, self._pidfd = fds
+        for fd in (control, stdout, stderr):
+            os.set_inheritable(fd, False)
+            os.set_blocking(fd, False)
+        os.set_inheritable(self._pidfd, False)
+        self._control = socket.socket(fileno=control)
         self._splitter = _frames.Splitter(_frames.FROM_SESSION)
         self._stdout, self._stderr = Drain(stdout), Drain(stderr)
-        self._pidfd = -1
-        self.pid = 0
-        self.open = True
+        self._group = group
+        """Process group to kill along; 0 where the session has its own process space."""
+        self.scratch = scratch
+        """Folder to remove afterwards; empty where it vanishes with the session."""
+        self._open = True
 
     async def await_ready(self) -> None:
         """Until the process is confined and waits for code. Raises ResourceError naming the failed step; EOFError."""
-        loop = asyncio.get_running_loop()
-        ready = False
-        while not (ready and self._pidfd >= 0):
-            try:
-                data, fds, _, _ = socket.recv_fds(self._control, 4096, 1)
-            except BlockingIOError:
-                await _readable(loop, self._control.fileno())
-                continue
-            for fd in fds:
-                os.set_inheritable(fd, False)
-                self._pidfd = fd
-            if not data:
-                raise EOFError
-            for message in self._splitter.feed(data):
-                if "failed" in message:
-                    errno = int(message.get("errno") or 0)
-                    raise ResourceError(
-                        f"the sandbox cannot start a session: {message['failed']}: {os.strerror(errno)}"
-                    )
-                self.pid = message.get("pid", self.pid)
-                ready = ready or "ready" in message
+        message = await self._message()
+        if "ready" not in message:
+            raise_refusal(message)
 
     async def run(
         self, message: dict[str, Any], timeout_s: float, keep: int, *, soft: bool
@@ -237,7 +227,7 @@ class _Process:
             try:
                 async with asyncio.timeout(timeout_s):
                     await loop.sock_sendall(self._control, _frames.pack(message))
-                    return await self._status()
+                    return str((await self._message()).get("status"))
             except TimeoutError:
                 late = True
             if soft and self._signal(signal.SIGINT):
@@ -245,7 +235,7 @@ class _Process:
                 self._stderr.unblock()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(GRACE_S):
-                        await self._status()
+                        await self._message()
                         return "interrupted"
         except (EOFError, OSError, _frames.BadFrame):
             await self.end()
@@ -253,14 +243,15 @@ class _Process:
         await self.end()
         return "killed"
 
-    async def _status(self) -> str:
+    async def _message(self) -> dict[str, Any]:
+        """The next message. Raises EOFError, BadFrame."""
         loop = asyncio.get_running_loop()
         while True:
             data = await loop.sock_recv(self._control, 65536)
             if not data:
                 raise EOFError
             for message in self._splitter.feed(data):
-                return str(message.get("status"))
+                return message
 
     def _signal(self, number: int) -> bool:
         try:
@@ -271,34 +262,45 @@ class _Process:
 
     async def end(self) -> None:
         """SIGKILL, and wait until the process is gone."""
-        if self.kill():
+        if self._open and self.kill():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5.0):
-                    await _readable(asyncio.get_running_loop(), self._pidfd)
+                async with asyncio.timeout(_DEATH_TIMEOUT_S):
+                    await readable(self._pidfd)
 
     def kill(self) -> bool:
-        return self.open and self._pidfd >= 0 and self._signal(signal.SIGKILL)
+        """SIGKILL; False if it was dead already."""
+        if self._group:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._group, signal.SIGKILL)
+        return self._signal(signal.SIGKILL)
 
     def release(self) -> None:
         """Kill, and close every descriptor. Idempotent."""
-        if self.open:
+        if self._open:
             self.kill()
-            self.open = False
+            self._open = False
             self._control.close()
             for fd in (self._stdout.fd, self._stderr.fd, self._pidfd):
-                if fd >= 0:
-                    os.close(fd)
+                os.close(fd)
 
 
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def raise_refusal(message: dict[str, Any]) -> NoReturn:
+    """The zygote or a session said which step failed."""
+    reason = os.strerror(int(message.get("errno") or 0))
+    raise ResourceError(f"the sandbox cannot start a session: {message.get('failed')}: {reason}")
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+async def readable(fd: int) -> None:
+    """Until `fd` is readable."""
+    loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
     loop.add_reader(fd, _wake, future)
     try:
         await future
     finally:
         loop.remove_reader(fd)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -58,11 +58,13 @@ class _Interrupt:
         self.armed = True
 
 
-def serve(kind: str, control: int, *, scratch: str, seed: int | None) -> NoReturn:
+def serve(kind: str, control: int, *, scratch: str, seed: int | None, packages: list[str]) -> NoReturn:
     """Run blocks until the owner closes the control socket. Never returns."""
     os.dup2(1, _SPARE_STDOUT, inheritable=False)
     os.dup2(2, _SPARE_STDERR, inheritable=False)
     _fresh_process(scratch, seed)
+    if kind == "shell":
+        os.environ["PYTHONPATH"] = ":".join(packages)
     interrupt = _Interrupt()
     run = {"notebook": _Notebook(interrupt).run, "script": _run_script, "shell": _run_shell}[kind]
     _frames.write(control, {"ready": True})
@@ -89,8 +91,6 @@ def _fresh_process(scratch: str, seed: int | None) -> None:
     for name in ("HOME", "TMPDIR", "MPLCONFIGDIR"):
         os.environ[name] = scratch
     tempfile.tempdir = None
-    for name in [n for n in sys.modules if n == "omr" or n.startswith("omr.")]:
-        del sys.modules[name]
     random.seed(seed)
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
@@ -132,6 +132,8 @@ def warm() -> None:
         except (ZeroDivisionError, SyntaxError) as error:
             _display.format_exception(error, "Plain", own_file=_OWN_FILE)
     asyncio.new_event_loop().close()
+    for name in [n for n in sys.modules if n == "omr" or n.startswith("omr.")]:
+        del sys.modules[name]  # not importable in sessions; what runs here holds on to what it needs
 
 
 class _Notebook:

@@ -68,5 +68,7 @@ class Local(Sandbox):
         if self.isolation is Isolation.process:
             _log.warning("sandbox.isolation=process: model-written code can read this user's files and use the network")
         with _client.start(tiers, limits, log_dir) as client:
+            if client.refused:
+                _log.warning("sandbox isolation %s only (%s)", client.tier, client.refused)
             _log.info("sandbox isolation: %s (Landlock ABI %d)", client.tier, client.landlock_abi)
             yield client
