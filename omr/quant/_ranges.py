@@ -32,6 +32,8 @@ SHARED = {
 }
 """Layers that read the same input as a watched one."""
 BATCH_TOKENS = 8192
+MIN_BATCHES = 16
+"""So that the curve has points on a small set, too."""
 BINS_PER_OCTAVE, LOWEST_LOG2, OCTAVES = 32, -24, 48
 CURVE_POINTS = 64
 
@@ -156,13 +158,14 @@ def _batches(src: Path, text: Path, rows: int, max_tokens: int) -> Iterator[tupl
     """Rows in order as (ids (B, T) int64 padded right, lengths (B,)), at most BATCH_TOKENS padded tokens each."""
     tokenizer = load_tokenizer(src)
     waiting: list[list[int]] = []
-    found = 0
+    found, most = 0, max(1, rows // MIN_BATCHES)
     for row in iter_text(text, rows):
         ids = encode_text(row, tokenizer)[0][:max_tokens]
         if not ids:
             continue
         found += 1
-        if waiting and max(len(ids), *map(len, waiting)) * (len(waiting) + 1) > BATCH_TOKENS:
+        full = len(waiting) == most or max(map(len, [ids, *waiting])) * (len(waiting) + 1) > BATCH_TOKENS
+        if waiting and full:
             yield _padded(waiting)
             waiting = []
         waiting.append(ids)

@@ -7,8 +7,9 @@ step.
 
   granularity  tensor: one scale a weight, shared by q, k, v and by gate, up (the largest of their ranges), because
                engines multiply those as one; what TensorRT-LLM reads. channel: one scale an output row, not shared.
-  range        amax: nothing is ever cut off. percentile: the largest `100 - percentile` % of the inputs are clamped, so
-               that an outlier does not coarsen the rest; E4M3 has exponents of its own, so int8 needs this more.
+  range        amax: nothing that calibration saw is cut off. percentile: the largest `100 - percentile` % of the inputs
+               are clamped. Measure before using it: E4M3 has exponents of its own, so outliers coarsen it little, and
+               decoders with a few massive activations break when those are cut (docs/quantisation.md).
   export       which dialect config.json speaks (omr/quant/_dialect.py); the tensors are the same.
 
 lm_head and embeddings stay as they are. A range of zero gets scale 1. ranges.json and curve.jsonl beside the weights
@@ -18,6 +19,7 @@ tell what was measured and whether more rows would have changed it.
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -84,6 +86,7 @@ class Fp8(Quantiser):
 
         if calibration is None:
             raise InputError("fp8 needs calibration text; set model.text to a source of problems and solutions")
+        started = time.monotonic()
         opened = open_unquantised(src)
         ranges = collect(
             src,
@@ -94,6 +97,7 @@ class Fp8(Quantiser):
             device=device,
             num_bytes=opened.num_bytes,
         )
+        calib_seconds = time.monotonic() - started
         report: dict[str, Any] = {}
         per_channel = self.granularity is Granularity.channel
         metrics = rewrite(
@@ -106,6 +110,8 @@ class Fp8(Quantiser):
         half = [point["calibration/range_share_min"] for point in ranges.curve if point["step"] <= ranges.rows / 2]
         return {
             **metrics,
+            "seconds": round(time.monotonic() - started, 3),
+            "calib_seconds": round(calib_seconds, 3),
             "calib_rows": float(ranges.rows),
             "calib_tokens": float(ranges.tokens),
             "range_share_at_half_min": half[-1] if half else 0.0,

@@ -1,8 +1,8 @@
 """int8 weight-only: one scale per output row, activations untouched, no calibration.
 
-Rounds each weight to one of 255 values of its row: under 1 % relative error for weights that are about normally
-distributed, half the bytes of bf16. Stored four to an int32 (compressed-tensors `pack-quantized`), which is what vLLM's
-weight-only kernels take. A scale per row rather than per group of columns fits any K: 576 or 1000 are nothing special.
+Rounds each weight to one of 255 values of its row: about 1 % relative error, half the bytes of bf16. Stored four to an
+int32 (compressed-tensors `pack-quantized`), which is what vLLM's weight-only kernels take. A scale per row rather than
+per group of columns fits any K: 576 or 1000 are nothing special.
 """
 
 from __future__ import annotations
