@@ -1,0 +1,157 @@
+"""Beam search with a ReDrafter head, and beams packed into a prefix tree for one verification pass.
+
+    legend   B batch   W beams   L tokens per beam: the newest token y_0, then L - 1 drafts   N nodes
+             V, H, D as in omr.nn.redrafter
+
+Beam search is Apple's: draft logits minus their maximum, all but the 50 best masked, cumulative log-probability, the
+top W of W * V per step, no length penalty, no end-of-text handling. The first step expands one beam only.
+
+Beams share prefixes, and a shared prefix is verified once. Packing keeps of every beam what no earlier beam has:
+
+    beams   7 1 2 3        nodes    0  1  2  3  4  5          example of one row; node 0 is always y_0
+            7 1 2 4        token    7  1  2  3  4  5
+            7 5 1 1        parent  -1  0  1  2  2  0  ...
+                           depth    0  1  2  3  3  1
+
+A node's parent comes before it, so a node list is also a valid order to write into the KV cache. Verification is exact
+for any tree that was built without looking at the target's randomness: at each node the target draws its own token, and
+the walk goes on while that token is a child (the naive tree sampling of SpecInfer, arXiv 2305.09781). So the drafter's
+probabilities are not needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omr.nn.redrafter import Redrafter
+
+MASKED = -50000.0
+KEPT_LOGITS = 50
+"""Tokens that one step of the beam search can choose from, as in the reference."""
+
+
+def warp(logits: Tensor) -> Tensor:
+    """(..., D) draft logits -> log-probabilities of the best KEPT_LOGITS (and ties); the rest about MASKED."""
+    logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)
+    least = logits.topk(min(KEPT_LOGITS, logits.shape[-1]), dim=-1).values[..., -1:]
+    return torch.where(logits < least, MASKED, logits).log_softmax(-1)
+
+
+@dataclass
+class Beams:
+    tokens: Tensor  # (B, W, L) int64
+    log_prob: Tensor  # (B, W) float32, descending
+    token_log_probs: Tensor  # (B, W, L - 1) float32
+
+
+def beam_search(
+    drafter: Redrafter, context: Tensor, tokens: Tensor, embedding: Tensor, width: int, length: int
+) -> Beams:
+    """(B, H) context, (B,) newest tokens, (V, H) embedding table -> the `width` best beams of `length` tokens.
+
+    Static shapes, no host synchronisation. Scores are taken over each beam's KEPT_LOGITS best tokens, never over all of
+    W * V: nothing outside them can win while width <= KEPT_LOGITS.
+    """
+    assert 1 <= width <= KEPT_LOGITS, f"beam search keeps {KEPT_LOGITS} tokens a step, got {width} beams"
+    batch, h, device = len(tokens), context.shape[-1], tokens.device
+    table = drafter.draft_tokens
+    beams = tokens.view(batch, 1, 1)
+    scores = torch.zeros(batch, 1, device=device)
+    steps = torch.zeros(batch, 1, 0, device=device)
+    state = drafter.first_state(batch).view(batch, 1, h)
+    for _ in range(length - 1):
+        term = drafter.embed_term(F.embedding(beams[:, :, -1], embedding).to(state.dtype))
+        state = drafter.advance(state, term)
+        logits = drafter.logits(context[:, None].expand(-1, beams.shape[1], -1), state)
+        best = warp(logits).topk(min(width, logits.shape[-1]), dim=-1)  # (B, beams, width)
+        total = (scores[:, :, None] + best.values).flatten(1)
+        scores, index = total.topk(width, dim=-1)
+        parent = index // best.values.shape[-1]
+        new = best.indices.flatten(1).gather(1, index)
+        if table is not None:
+            new = table[new]
+        step = best.values.flatten(1).gather(1, index)
+        beams = torch.cat([_choose(beams, parent), new[:, :, None]], dim=-1)
+        steps = torch.cat([_choose(steps, parent), step[:, :, None]], dim=-1)
+        state = _choose(state, parent)
+    return Beams(beams, scores, steps)
+
+
+def _choose(rows: Tensor, parent: Tensor) -> Tensor:
+    """(B, W, X), (B, W') -> (B, W', X)"""
+    return rows.gather(1, parent[:, :, None].expand(-1, -1, rows.shape[-1]))
+
+
+@dataclass
+class Tree:
+    """Prefix trees of a batch. Columns at or past `sizes[b]` are filler: token and parent of node 0, seen by nobody."""
+
+    tokens: Tensor  # (B, N) int64
+    parents: Tensor  # (B, N) int64, -1 at the root
+    depths: Tensor  # (B, N) int64
+    sees: Tensor  # (B, N, N) bool: a node sees itself and its ancestors
+    sizes: Tensor  # (B,) int64
+    unpacker: Tensor  # (B, W, L) int64: tokens[unpacker] == beams
+
+
+def pack(beams: Tensor, max_nodes: int | None = None) -> Tree:
+    """Merge equal prefixes of beams (B, W, L). `max_nodes` bounds the nodes; W * L by default, always enough.
+
+    Nodes are taken beam by beam, so with a bound the last beams lose their tails first; `unpacker` then is -1 there.
+    Static shapes, no host synchronisation.
+    """
+    batch, width, length = beams.shape
+    device = beams.device
+    n = max_nodes if max_nodes is not None else width * length
+    same = (beams[:, :, None] == beams[:, None]).cummin(-1).values  # (B, W, W, L): equal up to and including l
+    owner = same.to(torch.uint8).argmax(2)  # (B, W, L): lowest beam with the same prefix
+    beam = torch.arange(width, device=device)[:, None]
+    own = owner == beam
+    rank = own.flatten(1).cumsum(1).view(batch, width, length) - 1  # node number where own
+    node = rank.gather(1, owner)  # (B, W, L): node of every beam token
+    sizes = (rank[:, -1, -1] + 1).clamp(max=n)
+    kept = own & (node < n)
+    slot = torch.where(kept, node, n).flatten(1)  # what is not kept goes to a column that is cut off
+
+    def scatter(values: Tensor, filler: Tensor) -> Tensor:
+        out = filler.expand(batch, n + 1).clone()
+        return out.scatter_(1, slot, values.expand(batch, width, length).flatten(1))[:, :n]
+
+    above = F.pad(node[:, :, :-1], (1, 0), value=-1)
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    tokens = scatter(beams, beams[:, 0, :1])
+    parents = scatter(above, zero)
+    depths = scatter(torch.arange(length, device=device), zero + 1)
+    # A node (w, l) sees node[w, 0 .. l]: one row per beam token, then scattered to its node.
+    ancestors = F.one_hot(node.clamp(max=n), n + 1).cumsum(2).bool()  # (B, W, L, n + 1)
+    sees = torch.zeros(batch, n + 1, n + 1, dtype=torch.bool, device=device)
+    sees.scatter_(1, slot[:, :, None].expand(-1, -1, n + 1), ancestors.flatten(1, 2))
+    sees = sees[:, :n, :n] | torch.eye(n, dtype=torch.bool, device=device)
+    return Tree(tokens, parents, depths, sees, sizes, torch.where(node < n, node, -1))
+
+
+def walk(tree: Tree, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow the target's own draws from the root: (B, N) int64 token drawn at each node -> path and its length.
+
+    Returns (B, D) int64 node numbers from the root, the last one repeated, and (B,) int64 how many there are: accepted
+    drafts + 1. The tokens of the step are `drawn` at these nodes. D is the greatest depth + 1 that the shape allows.
+    """
+    batch, n = drawn.shape
+    number = torch.arange(n, device=drawn.device)
+    steps = int(tree.unpacker.shape[-1])
+    at = torch.zeros(batch, dtype=torch.int64, device=drawn.device)
+    path, length, going = [at], torch.ones_like(at), torch.ones_like(at, dtype=torch.bool)
+    real = number < tree.sizes[:, None]
+    for _ in range(steps - 1):
+        token = drawn.gather(1, at[:, None])
+        child = real & (tree.parents == at[:, None]) & (tree.tokens == token) & (number > 0)
+        going = going & child.any(1)
+        at = torch.where(going, child.to(torch.uint8).argmax(1), at)
+        length = length + going
+        path.append(at)
+    return torch.stack(path, dim=1), length
