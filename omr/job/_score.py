@@ -110,8 +110,8 @@ def accuracy(graded: Sequence[Record]) -> dict[str, float]:
     vote_interval = stats.wilson(votes, len(graded))
     metrics = {
         "accuracy/pass_at_1": fmean(scores),
-        "accuracy/pass_at_1_low": interval.low,
-        "accuracy/pass_at_1_high": interval.high,
+        "accuracy/pass_at_1_low": min(interval.low, fmean(scores)),  # resampled sums round differently
+        "accuracy/pass_at_1_high": max(interval.high, fmean(scores)),
         "accuracy/maj": votes / len(graded),
         "accuracy/maj_low": vote_interval.low,
         "accuracy/maj_high": vote_interval.high,

@@ -15,9 +15,9 @@ from omr.solve.prompt import CODE_TAGS, PROMPTS, prompt_named, remaining_notice,
 def test_generic_math_wording() -> None:
     (turn,) = prompt_named("generic/math").messages("1+1?")
     wording = (
-        "Solve the following math problem. Make sure to put the answer (and only answer) inside \\boxed{}.\n\n1+1?"
+        "Solve the following math problem. Make sure to put the answer (and only answer) inside \\boxed{}."
     )
-    assert turn == {"role": "user", "content": wording}
+    assert turn == {"role": "user", "content": f"{wording}\n\n1+1?"}
 
 
 def test_openmath_tir_wording() -> None:

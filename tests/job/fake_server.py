@@ -1,0 +1,87 @@
+"""A completion server in a thread that answers from a function and remembers every request."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+METRICS = """omr:spec_decode_num_drafts_total {drafts}
+omr:spec_decode_num_draft_tokens_total {draft_tokens}
+omr:spec_decode_num_accepted_tokens_total {accepted}
+"""
+
+
+@dataclass
+class FakeServer:
+    answer: Callable[[dict[str, Any]], str | int]
+    """Request body -> text to stream, or an HTTP status to fail with."""
+    delay_s: float = 0.0
+    """Before each piece of four characters."""
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    url: str = ""
+
+    def reply(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        self.requests.append(body)
+        text = self.answer(body)
+        if isinstance(text, int):
+            handler.send_error(text)
+            return
+        handler.send_response(200)
+        handler.send_header("content-type", "text/event-stream")
+        handler.end_headers()
+        pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
+        for count, piece in enumerate(pieces, 1):
+            if self.delay_s:
+                time.sleep(self.delay_s)
+            last = count == len(pieces)
+            event = {
+                "choices": [
+                    {"index": 0, "text": piece, "finish_reason": "stop" if last else None, "stop_reason": None}
+                ],
+                "usage": {"prompt_tokens": 7, "completion_tokens": count},
+            }
+            handler.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        handler.wfile.write(b"data: [DONE]\n\n")
+        self.finished.append(body)
+
+
+@contextmanager
+def serving(answer: Callable[[dict[str, Any]], str | int], delay_s: float = 0.0) -> Iterator[FakeServer]:
+    fake = FakeServer(answer, delay_s)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            try:
+                fake.reply(self, body)
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True
+
+        def do_GET(self) -> None:
+            n = len(fake.finished)
+            text = METRICS.format(drafts=10 * n, draft_tokens=30 * n, accepted=15 * n).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        fake.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield fake
+        finally:
+            server.shutdown()
+            thread.join()
