@@ -289,14 +289,15 @@ def test_other_refusals_are_not_repeated() -> None:
 
 
 def test_closing_closes_the_connection() -> None:
-    reply = ok(*sse(choice("a"), choice("b"), choice("c", finish_reason="stop")))
+    body = Body(sse(choice("a"), choice("b"), choice("c", finish_reason="stop")))
 
     async def main() -> None:
-        async with client(Replies(reply)) as one:
+        async with client(Replies(httpx.Response(200, stream=body))) as one:
             async with contextlib.aclosing(one.stream_completion("hi", Sampling())) as stream:
                 async for _ in stream:
                     break
-            assert isinstance(reply.stream, Body) and reply.stream.closed
+                assert not body.closed
+            assert body.closed
             with pytest.raises(StopAsyncIteration):
                 await anext(stream)
 

@@ -46,7 +46,7 @@ class Native(Server):
     block_size: int = 16
     """Tokens in a KV block."""
     dtype: Dtype = Dtype.auto
-    """Of activations and unquantised weights; auto is the checkpoint's own."""
+    """Of activations and unquantised weights; auto is bfloat16 on CUDA and for big models, float32 for small on CPU."""
     num_threads: int = 0
     """CPU threads of the engine; 0 leaves one core to HTTP and the client."""
 

@@ -143,7 +143,13 @@ class Live:
 
 @contextlib.asynccontextmanager
 async def live(
-    engine: Any, tokenizer: Any, *, context_tokens: int = 512, load: Callable[[], None] = lambda: None, vocab: int = 0
+    engine: Any,
+    tokenizer: Any,
+    *,
+    context_tokens: int = 512,
+    load: Callable[[], object] = lambda: None,
+    vocab: int = 0,
+    speculates: bool = True,
 ) -> AsyncIterator[Live]:
     """Serve `engine` on a loopback port in this event loop."""
 
@@ -155,7 +161,7 @@ async def live(
             tokenizer=tokenizer,
             vocabulary=vocabulary,
             vocab_size=vocab or vocabulary.size,
-            speculates=True,
+            speculates=speculates,
             load=lambda: (engine.num_running, 0, 0.25),
         )
 
@@ -176,3 +182,42 @@ async def live(
         server.should_exit = True
         await serving
         thread.stop(5)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer: Any, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Qwen2 with the tokenizer above, as any checkpoint folder."""
+    import torch
+    from safetensors.torch import save_file
+
+    from omr.nn import config as decoder_config
+    from omr.nn.transformer import Transformer
+
+    folder = tmp_path_factory.mktemp("model")
+    for file in tokenizer_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    raw = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "eos_token_id": EOS,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    torch.manual_seed(1)
+    model = Transformer(decoder_config.parse(raw))
+    weights = {}
+    for name, parameter in model.named_parameters():
+        value = torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1) + (parameter.dim() == 1)
+        weights[name if name.startswith("lm_head") else f"model.{name}"] = value.detach().contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
