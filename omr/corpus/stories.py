@@ -24,6 +24,11 @@ def _heads_legs(rng: Random) -> Values:
     return {"h": r + c, "l": 4 * r + 2 * c}
 
 
+def _meeting(rng: Random) -> Values:
+    a, b = rng.sample(range(3, 91), 2)
+    return {"a": a, "b": b, "d": (a + b) * rng.randint(2, 24)}
+
+
 def _work(rng: Random) -> Values:
     a, b = rng.randint(2, 40), rng.randint(2, 40)
     return {"a": a, "b": b}
@@ -100,7 +105,7 @@ FAMILIES = (
     ),
     family(
         "meeting",
-        lambda rng: (lambda a, b: {"a": a, "b": b, "d": (a + b) * rng.randint(2, 24)})(rng.randint(3, 90), rng.randint(3, 90)),
+        _meeting,
         wordings="""
             Two trains are $d miles apart and drive towards each other at $a and $b miles per hour. After how many hours do they meet?
             $name and $name2 are $d miles apart and walk towards each other at $a and $b miles per hour. When do they meet, in hours?
