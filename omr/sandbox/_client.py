@@ -1,4 +1,4 @@
-"""The owner's side of the zygote: start it, ask it for sessions, end it."""
+"""The owner's side of the zygote: start it, ask it for sessions, start it again if it dies, end it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,9 @@ _START_TIMEOUT_S = 30.0
 _OPEN_TIMEOUT_S = 120.0
 _MAX_OPENING = 32
 """Requests in flight: descriptors in flight are limited too."""
+_MAX_RESTARTS = 20
 _MIN_OPEN_FILES = 8192
-SPARES = 2
-"""Sessions forked ahead of their use."""
+_SPARES = 2
 
 
 @dataclass(kw_only=True)
@@ -47,17 +48,94 @@ class SessionLimits:
     seed: int | None
 
 
-class LocalClient:
-    """A running zygote. `tier` is the isolation that its trial session got through."""
+class _Zygote:
+    """A zygote process as its owner sees it: a socket for requests, a watcher to wait for."""
 
-    def __init__(self, control: socket.socket, hello: dict[str, Any], limits: SessionLimits, log: Path) -> None:
-        self.tier: str = hello["tier"]
-        self.landlock_abi: int = hello["landlock_abi"]
-        self.refused: str = explain(hello["refusals"])
-        """Why the tiers before this one do not work here; empty for the first."""
-        self.limits = limits
-        self._control = control
+    def __init__(self, settings: dict[str, Any], environment: dict[str, str], log: Path | None) -> None:
+        """Start one and wait until it passed its trial session. Raises MissingBackend, ChildError."""
         self._log = log
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        boot = _BOOT.format(home=str(Path(__file__).resolve().parents[2]), fd=theirs.fileno())
+        with theirs, open(log, "ab") if log else contextlib.nullcontext(None) as log_file:
+            self._watcher = subprocess.Popen(
+                [sys.executable, "-s", "-S", "-P", "-B", "-c", boot],
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                cwd="/",
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        try:
+            self.hello = self._greet(settings)
+        except BaseException:
+            self.end()
+            raise
+        self.socket.setblocking(False)
+
+    def _greet(self, settings: dict[str, Any]) -> dict[str, Any]:
+        self.socket.settimeout(_START_TIMEOUT_S)
+        splitter = _frames.Splitter(_frames.FROM_SESSION)
+        try:
+            self.socket.sendall(_frames.pack(settings))
+            while data := self.socket.recv(65536):
+                for hello in splitter.feed(data):
+                    if hello["tier"] is None:
+                        raise MissingBackend("process isolation", why=explain(hello["refusals"]))
+                    return hello
+        except OSError as error:
+            raise self.failure(f"did not start ({error})") from None
+        raise self.failure("died at its start")
+
+    def failure(self, what: str) -> ChildError:
+        """A ChildError with the last lines of the log."""
+        if self._log is None:
+            return ChildError(f"the sandbox {what}")
+        tail = self._log.read_text(errors="replace").splitlines()[-15:]
+        return ChildError(f"the sandbox {what}; its log: {self._log}", "\n".join(tail))
+
+    def end(self) -> None:
+        """With the socket closed the zygote ends by itself, and the watcher after it. If not, kill the watcher."""
+        self.socket.close()
+        try:
+            self._watcher.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self._watcher.kill()
+            self._watcher.wait()
+
+
+class LocalClient:
+    """A running zygote. `tier` is the isolation that its trial session got through.
+
+    A zygote that dies (say, of the machine's memory running out) takes its sessions along, which they report as any
+    other death; the next block that needs a process gets a new zygote.
+    """
+
+    def __init__(self, tiers: tuple[str, ...], limits: SessionLimits, log: Path | None, spares: int) -> None:
+        found = _view.find()
+        self._settings = {
+            "owner": os.getpid(),
+            "tiers": tiers,
+            "spares": spares,
+            "seed": limits.seed,
+            "limits": {
+                "memory_bytes": limits.memory_bytes,
+                "scratch_bytes": limits.scratch_bytes,
+                "cpu_s": int(2 * limits.session_s) + 10 if limits.session_s else 1 << 30,
+            },
+            **found,
+        }
+        self.limits = limits
+        self._environment = _environment(found)
+        self._log = log
+        self._zygote = _Zygote(self._settings, self._environment, log)
+        self.tier: str = self._zygote.hello["tier"]
+        self.landlock_abi: int = self._zygote.hello["landlock_abi"]
+        self.refused: str = explain(self._zygote.hello["refusals"])
+        """Why the tiers before this one do not work here; empty for the first."""
+        self.restarts = 0
+        self._restart_lock = threading.Lock()
         self._processes: set[Process] = set()
         self._opening = 0
 
@@ -74,30 +152,39 @@ class LocalClient:
         while self._opening >= _MAX_OPENING:
             await asyncio.sleep(0.002)
         self._opening += 1
+        try:
+            for _ in range(2):
+                zygote = self._zygote
+                try:
+                    return await self._open(zygote, kind)
+                except (EOFError, BrokenPipeError, ConnectionResetError, _frames.BadFrame):
+                    await asyncio.to_thread(self._restart, zygote)
+            raise self._zygote.failure("opens no session")
+        finally:
+            self._opening -= 1
+
+    async def _open(self, zygote: _Zygote, kind: Kind) -> Process:
         process = None
         try:
             async with asyncio.timeout(_OPEN_TIMEOUT_S):
-                process = await self._ask(kind)
+                process = await self._ask(zygote, kind)
                 self._processes.add(process)
                 await process.await_ready()
             return process
         except BaseException as error:
             if process is not None:
                 self.discard(process)
-            if isinstance(error, EOFError | TimeoutError | BrokenPipeError | ConnectionResetError | _frames.BadFrame):
-                what = f"the sandbox cannot open a session ({type(error).__name__})"
-                raise ChildError(f"{what}; its log: {self._log}", _tail(self._log)) from None
+            if isinstance(error, TimeoutError):
+                raise zygote.failure(f"opened no session within {_OPEN_TIMEOUT_S:g} s") from None
             raise
-        finally:
-            self._opening -= 1
 
-    async def _ask(self, kind: Kind) -> Process:
+    async def _ask(self, zygote: _Zygote, kind: Kind) -> Process:
         """The zygote's answer to a request. Raises EOFError, OSError, ResourceError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ours:
             ours.setblocking(False)
             with theirs:
-                socket.send_fds(self._control, [_frames.pack({"kind": kind})], [theirs.fileno()])
+                socket.send_fds(zygote.socket, [_frames.pack({"kind": kind})], [theirs.fileno()])
             await readable(ours.fileno())
             data, fds, _, _ = socket.recv_fds(ours, 4096, 4)
         if not data:
@@ -110,6 +197,17 @@ class LocalClient:
         group = 0 if self.tier == "namespace" else message["pid"]
         return Process(fds, group=group, scratch=message["scratch"])
 
+    def _restart(self, dead: _Zygote) -> None:
+        """A new zygote in place of `dead`, unless another thread was faster. Raises ChildError after too many."""
+        with self._restart_lock:
+            if self._zygote is not dead:
+                return
+            dead.end()
+            self.restarts += 1
+            if self.restarts > _MAX_RESTARTS:
+                raise dead.failure(f"died {self.restarts} times")
+            self._zygote = _Zygote({**self._settings, "tiers": (self.tier,)}, self._environment, self._log)
+
     def discard(self, process: Process) -> None:
         """Kill a session's process and forget it."""
         if process in self._processes:
@@ -117,69 +215,33 @@ class LocalClient:
             process.release()
             if process.scratch:
                 with contextlib.suppress(OSError):
-                    self._control.send(_frames.pack({"bury": process.scratch}))
+                    self._zygote.socket.send(_frames.pack({"bury": process.scratch}))
 
-    def kill_sessions(self) -> None:
+    def close(self) -> None:
+        """Kill every session, then the zygote."""
         for process in list(self._processes):
             self.discard(process)
+        self._zygote.end()
 
 
 @contextlib.contextmanager
 def start(
-    tiers: tuple[str, ...], limits: SessionLimits, log_dir: Path, *, spares: int = SPARES
+    tiers: tuple[str, ...], limits: SessionLimits, log_dir: Path | None, *, spares: int = _SPARES
 ) -> Iterator[LocalClient]:
-    """A running zygote in the first of `tiers` that works here. Everything it started is dead on exit.
+    """A running zygote in the first of `tiers` that works here, `spares` sessions forked ahead of their use. Everything
+    it started is dead on exit. It logs to `log_dir`, or to this process's stderr.
 
     Returns as soon as a trial session passed: imports go on while the caller does. Raises MissingBackend naming the
     steps that failed, ChildError if the child dies.
     """
     _raise_file_limit()
-    log_dir.mkdir(parents=True, exist_ok=True)
-    log = log_dir / "sandbox.log"
-    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    found = _view.find()
-    boot = _BOOT.format(home=str(Path(__file__).resolve().parents[2]), fd=theirs.fileno())
-    settings = {
-        "owner": os.getpid(),
-        "tiers": tiers,
-        "spares": spares,
-        "seed": limits.seed,
-        "limits": {
-            "memory_bytes": limits.memory_bytes,
-            "scratch_bytes": limits.scratch_bytes,
-            "cpu_s": int(2 * limits.session_s) + 10 if limits.session_s else 1 << 30,
-        },
-        **found,
-    }
-    with contextlib.ExitStack() as stack:
-        stack.callback(control.close)
-        with theirs, log.open("ab") as log_file:
-            child = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-P", "-B", "-c", boot],
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                cwd="/",
-                env=_environment(found),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        stack.callback(_end, child)
-        stack.callback(control.close)
-        control.settimeout(_START_TIMEOUT_S)
-        try:
-            control.sendall(_frames.pack(settings))
-            hello = _receive(control)
-        except OSError as error:
-            raise ChildError(f"the sandbox did not start ({error}); its log: {log}", _tail(log)) from None
-        if hello is None:
-            raise ChildError(f"the sandbox died at its start; its log: {log}", _tail(log))
-        if hello["tier"] is None:
-            raise MissingBackend("process isolation", why=explain(hello["refusals"]))
-        control.setblocking(False)
-        client = LocalClient(control, hello, limits, log)
-        stack.callback(client.kill_sessions)
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    client = LocalClient(tiers, limits, log_dir and log_dir / "sandbox.log", spares)
+    try:
         yield client
+    finally:
+        client.close()
 
 
 def explain(refusals: list[dict[str, Any]]) -> str:
@@ -188,28 +250,6 @@ def explain(refusals: list[dict[str, Any]]) -> str:
         f"{r['tier']}: {r['step']}" + (f": {errno.errorcode.get(r['errno'], r['errno'])}" if r["errno"] else "")
         for r in refusals
     )
-
-
-def _receive(control: socket.socket) -> dict[str, Any] | None:
-    """The first message, read with the socket's timeout; None if the peer is gone."""
-    splitter = _frames.Splitter(_frames.FROM_SESSION)
-    while data := control.recv(65536):
-        for message in splitter.feed(data):
-            return message
-    return None
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """The control socket is closed: the zygote ends by itself, and the watcher after it. If not, kill the watcher."""
-    try:
-        child.wait(5.0)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
 
 def _environment(found: dict[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import time
@@ -32,6 +33,7 @@ _SPILL = 16 << 20
 """Bytes of output read from one block; a block that writes more waits for its time limit."""
 _SLACK = 8192
 _DEATH_TIMEOUT_S = 5.0
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
 
 
 class Drain:
@@ -93,9 +95,18 @@ class Drain:
         return b"".join(self._parts)
 
 
-def cut(data: bytes, limit: int) -> str:
-    """As text, at most `limit` characters and the marker."""
+def decode(data: bytes, *, tidy: bool) -> str:
+    """As text. `tidy`: as the reference API shows a notebook's output, without colours and leading blank lines, with
+    one newline at the end."""
     text = data.decode("utf-8", "replace")
+    if not tidy:
+        return text
+    text = _ANSI.sub("", text).lstrip("\n").rstrip()
+    return text + "\n" if text else ""
+
+
+def cut(text: str, limit: int) -> str:
+    """At most `limit` characters and the marker."""
     return text if len(text) <= limit else text[:limit] + CUT
 
 
@@ -153,15 +164,16 @@ class LocalSession:
                 raise
             seconds = time.monotonic() - started
             self._used_s += seconds
+            plain = self._kind == "notebook" and verbosity in ("Plain", "Minimal")
             outcome = Outcome(
                 status="completed" if status == "completed" else "error",
-                stdout=cut(stdout, output_chars),
-                stderr=cut(stderr, output_chars),
+                stdout=cut(decode(stdout, tidy=plain), output_chars),
+                stderr=cut(decode(stderr, tidy=plain), output_chars),
                 seconds=seconds,
             )
             if status in ("interrupted", "killed"):
                 outcome.status = "timeout"
-                outcome.stderr += f"Execution timed out after {min(timeout_s, budget):g} seconds\n"
+                outcome.stderr += f"Execution timed out after {min(timeout_s, budget)} seconds\n"
             if status == "died":
                 outcome.stderr += "connection closed\n"
             if status in ("killed", "died"):

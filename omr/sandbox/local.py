@@ -13,10 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omr.errors import ConfigError, MissingBackend
 from omr.option import option
 from omr.sandbox import Sandbox, SandboxClient
+
+if TYPE_CHECKING:
+    from omr.sandbox._client import LocalClient
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +58,12 @@ class Local(Sandbox):
 
     @contextmanager
     def launch(self, log_dir: Path) -> Iterator[SandboxClient]:
+        with self.start(log_dir) as client:
+            yield client
+
+    @contextmanager
+    def start(self, log_dir: Path | None) -> Iterator[LocalClient]:
+        """`launch`, with all that a local client can do; without a folder, logs go to stderr."""
         from omr.sandbox import _client
 
         tiers = ("namespace", "landlock") if self.isolation is Isolation.auto else (self.isolation.value,)
