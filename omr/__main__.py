@@ -13,7 +13,7 @@ from types import FrameType
 
 from omr.errors import OmrError, Terminated
 
-HYDRA_ONLY = ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--package", "-p")
+HYDRA_ONLY = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--package", "-p")
 """Flags that ask Hydra to print something: nothing is run."""
 
 
@@ -28,10 +28,16 @@ def main(argv: list[str] | None = None) -> int:
             if args[0] not in jobs():
                 return verb(args[0])(args[1:])
             args = [f"job={args[0]}", *args[1:]]
+        if {"--help", "-h"} & {*args}:
+            from omr.compose import usage
+
+            print(usage())
+            return 0
         if any(a.split("=")[0] in HYDRA_ONLY for a in args):
             from omr.sweep import hand_to_hydra
 
-            return hand_to_hydra(args)
+            hand_to_hydra(args)
+            return 0
         from omr.sweep import run_all
 
         return run_all(

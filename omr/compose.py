@@ -21,6 +21,18 @@ from omr.errors import ConfigError
 from omr.option import GROUPS, discover
 
 
+USAGE = """\
+omr - reproducible experiments on fast inference for math-reasoning LLMs
+
+  python -m omr                                   a complete run on the embedded default
+  python -m omr +experiment=fp8_redrafter         a named run
+  python -m omr +experiment=fp8 sampling.temperature=0 server.port=5000
+  python -m omr --multirun quant=bf16,fp8 drafter=none,redrafter
+  omr VERB --help                                 what is not a run; `omr verbs` lists them
+
+Groups, chosen as GROUP=CHOICE (+experiment=CHOICE); a key inside is GROUP.KEY=VALUE:"""
+
+
 @dataclass
 class Cell:
     """One run of the grid."""
@@ -59,6 +71,12 @@ def with_search_path(overrides: list[str]) -> list[str]:
     if any(o.lstrip("+").startswith("hydra.searchpath") for o in overrides):
         return overrides
     return [*overrides, f"hydra.searchpath=[{','.join(f'file://{p}' for p in search_path())}]"]
+
+
+def usage() -> str:
+    """The help text, with the choices of every group."""
+    groups = [f"  {g:10} {', '.join(_choices(g))}" for g in (*GROUPS, *VALUES, "experiment")]
+    return "\n".join([USAGE, *groups, "", "Every key with its value: python -m omr --cfg job"])
 
 
 def plan(overrides: list[str], *, multirun: bool) -> Plan:

@@ -31,6 +31,8 @@ from omr.tracker import MlflowTracker, RecordingTracker, Status, Tracker
 
 SUMMARY = "summary.json"
 """What each run leaves in its folder: id, status, choices, metrics."""
+TRACEBACK = "traceback.txt"
+"""What a run leaves that ended by a bug in omr."""
 
 
 @dataclass
@@ -131,7 +133,7 @@ def open_run(cfg: Config, folder: Path, *, overrides: list[str], parent_id: str 
         run.end("FAILED", str(error))
         raise
     except BaseException as error:
-        crash = folder / "traceback.txt"
+        crash = folder / TRACEBACK
         crash.write_text(traceback.format_exc())
         run.tracker.artifact(crash)
         run.end("FAILED", f"{type(error).__name__}: {error}")

@@ -18,12 +18,16 @@ from typing import Any
 
 from omr import compose, pipeline, table
 from omr.config import Config, home, typed
-from omr.errors import OmrError, Terminated
-from omr.run import SUMMARY, choices, fingerprint, open_run, run_name
+from omr.errors import Failure, OmrError, Terminated
+from omr.run import SUMMARY, TRACEBACK, choices, fingerprint, open_run, run_name
 from omr.tracker import MlflowTracker
 
 PARENT = "OMR_PARENT_RUN"
 """Environment variable that carries the parent run's id to the cells, whichever launcher runs them."""
+
+
+_failures: list[OmrError] = []
+"""What ended the cells of this process. They do not raise through Hydra, which would print its own account of it."""
 
 
 def run_all(overrides: list[str], *, multirun: bool) -> int:
@@ -37,7 +41,8 @@ def run_all(overrides: list[str], *, multirun: bool) -> int:
         folder = folder.with_name(f"{folder.name}x")
     places = [f"hydra.run.dir={folder}/0", f"hydra.sweep.dir={folder}"]
     if not plan.multirun:
-        return _launch([*overrides, *places])
+        hand_to_hydra([*overrides, *places])
+        return 0
     return _sweep(first, [*overrides, *places, "--multirun"], folder)
 
 
@@ -70,17 +75,17 @@ def _sweep(first: Config, args: list[str], folder: Path) -> int:
             {"omr.overrides": shlex.join(a for a in args if not a.startswith(("hydra.", "--"))), "omr.kind": "sweep"}
         )
     try:
-        code = _launch(args)
+        hand_to_hydra(args)
         rows = summaries(folder)
+        failed = [row for row in rows if row["status"] == "FAILED"]
         files = table.write(rows, folder)
         print((folder / "table.md").read_text())
-        for row in rows:
-            if row["status"] == "FAILED":
-                print(f"omr: {row['name']} failed: {row['reason'].splitlines()[0]}", file=sys.stderr)
+        for row in failed:
+            print(f"omr: {row['name']} failed: {row['reason']}", file=sys.stderr)
         if parent:
             for file in files:
                 parent.artifact(file)
-            parent.end("FINISHED" if code == 0 else "FAILED", "" if code == 0 else "a cell failed")
+            parent.end("FAILED" if failed else "FINISHED", f"{len(failed)} cells failed" if failed else "")
     except (KeyboardInterrupt, Terminated):
         if parent:
             parent.end("KILLED", "interrupted")
@@ -96,7 +101,7 @@ def _sweep(first: Config, args: list[str], folder: Path) -> int:
         print(
             f"compare the runs in the browser: mlflow ui --backend-store-uri {uri}   (then open study {first.study!r})"
         )
-    return code
+    return 1 if failed else 0
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
@@ -105,29 +110,23 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in found]
 
 
-def hand_to_hydra(args: list[str]) -> int:
-    """Let Hydra parse `args` and call `cell` for each run, or print what a flag like --help asks for."""
+def hand_to_hydra(args: list[str]) -> None:
+    """Let Hydra parse `args` and call `cell` for each run, or print what a flag like --help asks for.
+
+    A single run that failed raises its error here; in a sweep the summaries tell.
+    """
     import hydra
 
     from omr.config import register_schemas
 
     register_schemas()
-    sys.argv = ["omr", *compose.with_search_path(args)]
+    overrides = [a for a in args if "=" in a and not a.startswith("-")]
+    flags = [a for a in args if a not in overrides]  # Hydra's parser wants them before the overrides
+    sys.argv = ["omr", *flags, *compose.with_search_path(overrides)]
     with compose.one_line():
         hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")(cell)()
-    return 0
-
-
-def _launch(args: list[str]) -> int:
-    try:
-        return hand_to_hydra(args)
-    except OmrError as error:
-        if "--multirun" not in args:
-            raise
-        return error.exit_code  # the cell has said why
-    except Exception as error:
-        print(f"omr: internal error: {type(error).__name__}: {error}; traceback in the run's folder", file=sys.stderr)
-        return 1
+    if _failures and "--multirun" not in args:
+        raise _failures[0]
 
 
 def cell(composed: Any) -> float | None:
@@ -152,8 +151,15 @@ def cell(composed: Any) -> float | None:
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
         print(f"[{cfg.study}] {run_name(cfg)}: finished before as run {earlier['id'][:8]}, skipped", file=sys.stderr)
         return None
-    with open_run(cfg, folder, overrides=list(hydra_cfg.overrides.task), parent_id=parent_id) as run:
-        return cfg.job.run(run)
+    try:
+        with open_run(cfg, folder, overrides=list(hydra_cfg.overrides.task), parent_id=parent_id) as run:
+            return cfg.job.run(run)
+    except OmrError as error:
+        _failures.append(error)
+    except Exception as error:
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        _failures.append(Failure(f"internal error: {line}; traceback: {folder / TRACEBACK}"))
+    return None
 
 
 def _finished_before(cfg: Config) -> dict[str, Any] | None:
