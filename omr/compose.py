@@ -20,7 +20,6 @@ from omr.config import VALUES, Config, nearest, register_schemas, typed
 from omr.errors import ConfigError
 from omr.option import GROUPS, discover
 
-
 USAGE = """\
 omr - reproducible experiments on fast inference for math-reasoning LLMs
 
