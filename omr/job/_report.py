@@ -146,13 +146,14 @@ def _accuracy(metrics: Mapping[str, float], records: Sequence[Record]) -> list[s
         f"{points('accuracy/pass_at_1_high')}] |"
     )
     lines.append(
-        f"| {vote_label(records)} | {points('accuracy/maj')} | [{points('accuracy/maj_low')}, "
+        f"| vote ({vote_label(records)}) | {points('accuracy/maj')} | [{points('accuracy/maj_low')}, "
         f"{points('accuracy/maj_high')}] |"
     )
     for kind in ("pass", "maj"):
         prefix = f"accuracy/{kind}_at_"
         ks = sorted(int(name.removeprefix(prefix)) for name in metrics if name.removeprefix(prefix).isdigit())
-        lines += [f"| {kind}@{k} | {points(f'{prefix}{k}')} | |" for k in ks if k > 1]
+        note = " (expected, ties shared)" if kind == "maj" else ""
+        lines += [f"| {kind}@{k}{note} | {points(f'{prefix}{k}')} | |" for k in ks if k > 1]
     lines += [f"| no answer | {points('accuracy/no_answer')} | |", f"| truncated | {points('accuracy/truncated')} | |"]
     n = int(metrics["accuracy/problems"])
     lines += ["", f"A set of {n} problems: {power_note(n)}"]

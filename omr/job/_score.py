@@ -103,9 +103,10 @@ def score(records: Sequence[Record], counts: SpecCounts | None = None) -> dict[s
 def accuracy(graded: Sequence[Record]) -> dict[str, float]:
     """pass@1 with its interval, pass@k, maj@k and the vote, over problems that have an expected answer."""
     scores = [record.score for record in graded]
-    single = all(len(record.rows) == 1 for record in graded)
-    right = sum(record.right for record in graded)
-    interval = stats.wilson(right, len(graded)) if single else stats.bootstrap_mean(scores)
+    if set(scores) <= {0.0, 1.0}:  # one generation each, or all in agreement: a bootstrap of 30 ones would say [1, 1]
+        interval = stats.wilson(round(sum(scores)), len(graded))
+    else:
+        interval = stats.bootstrap_mean(scores)
     votes = sum(bool(record.vote_right) for record in graded)
     vote_interval = stats.wilson(votes, len(graded))
     metrics = {

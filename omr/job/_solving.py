@@ -70,9 +70,15 @@ class Solving:
         self._grading: set[asyncio.Task[None]] = set()
         self._right = self._graded = 0
         self._bar: Any = None
+        self._tools = job.uses_tools
 
     def _is_open(self, done: Sequence[Ballot]) -> bool:
         return len(done) < self._policy.planned and self._policy.reason(done) is None
+
+    def with_tools(self, sandbox: SandboxClient | None) -> SandboxClient | None:
+        """The sandbox, or None when there is none to speak of: then the model reasons without tools."""
+        self._tools = sandbox is not None and sandbox.tier != "none"
+        return sandbox if self._tools else None
 
     def lay_out(self, tokenizer: Any) -> None:
         """Turn the open problems into prompts."""
@@ -144,14 +150,14 @@ class Solving:
                 limits=Limits(
                     max_tokens=cfg.sampling.max_tokens,
                     context_tokens=cfg.model.context_tokens,
-                    code_executions=job.max_code_executions if job.uses_tools else 0,
+                    code_executions=job.max_code_executions if self._tools else 0,
                     output_chars=cfg.sandbox.output_chars,
                     seconds=job.generation_timeout_s,
                     remaining_notice=job.remaining_notice,
                     stop_at_boxed=job.stop_at_boxed,
                     stop_on_repetition=job.stop_on_repetition,
                 ),
-                tags=tags_named(cfg.model.code_tags) if job.uses_tools else None,
+                tags=tags_named(cfg.model.code_tags) if self._tools else None,
                 policy=self._policy,
                 bank=TimeBank(budget_s=job.time_budget_s, buffer_s=job.time_buffer_s, deadline_at=deadline_at),
                 count_tokens=self._count,

@@ -15,9 +15,12 @@ At temperature 0 the generations of a problem would be one and the same, so one 
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from omr.errors import ConfigError
 from omr.job import Job
@@ -27,8 +30,9 @@ from omr.solve.vote import StopPolicy, Weight
 
 if TYPE_CHECKING:
     from omr.run import Run
-    from omr.sandbox import SandboxClient
     from omr.server import SpecCounts
+
+T = TypeVar("T")
 
 
 @option("job", "eval")
@@ -126,12 +130,14 @@ class Eval(Job):
             if samples.rows:
                 run.say(f"resuming: {len(samples.rows)} generations of {len(problems)} problems are done already")
             if solving.todo:
+                folder = tokenizer_folder(run)
+                launch = run.cfg.sandbox.launch(run.folder / "logs") if self.uses_tools else nullcontext()
+                reading = stack.enter_context(meanwhile(load_tokenizer(folder)))
+                caged = stack.enter_context(meanwhile(launch))
                 live = stack.enter_context(pipeline.endpoint(run))
-                sandbox: SandboxClient | None = None
-                if self.uses_tools:
-                    sandbox = stack.enter_context(run.cfg.sandbox.launch(run.folder / "logs"))
-                    run.tracker.tags({"sandbox.tier": sandbox.tier})
-                solving.lay_out(tokenizer(run))
+                sandbox = solving.with_tools(caged.result())
+                run.tracker.tags({"sandbox.tier": sandbox.tier if sandbox else "none"})
+                solving.lay_out(reading.result())
                 with run.stage("generate"):
                     counts = solving.to_the_end(live, sandbox)
             with run.stage("grade"):
@@ -151,22 +157,44 @@ class Eval(Job):
         return self.num_generations
 
 
-def tokenizer(run: Run) -> Any:
-    """The model's tokenizer; for a remote server without fetching weights."""
-    from omr import hub, pipeline, source, text
+@contextmanager
+def meanwhile(manager: AbstractContextManager[T]) -> Iterator[Future[T]]:
+    """Enter `manager` in a thread of its own while the caller does something else; leave it, there, at the end.
+
+    A server takes seconds to start, a sandbox and a tokenizer take others. The thread lives as long as what it started,
+    which a child process tied to its starter needs.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        entered = thread.submit(manager.__enter__)
+        try:
+            yield entered
+        finally:
+            if entered.exception() is None:
+                thread.submit(manager.__exit__, None, None, None).result()
+
+
+@contextmanager
+def load_tokenizer(folder: Path) -> Iterator[Any]:
+    """The tokenizer, as something to be entered."""
+    from omr import text
+
+    yield text.load_tokenizer(folder)
+
+
+def tokenizer_folder(run: Run) -> Path:
+    """The folder of the model's tokenizer; for a remote server without fetching weights."""
+    from omr import hub, pipeline, source
 
     model = run.cfg.model
     if run.cfg.server.needs_weights:
-        return text.load_tokenizer(pipeline.weights(run).path)
+        return pipeline.weights(run).path
     local = source.local_folder(model)
     if local is not None:
-        return text.load_tokenizer(local)
+        return local
     if model.hub is None:
         raise ConfigError(f"server={run.cfg.server.option_name} needs a tokenizer here: set model.path or model.hub")
     commit = hub.resolve_revision(model.hub, model.revision)
-    return text.load_tokenizer(
-        hub.snapshot(model.hub, commit, ["*token*", "*.jinja", "vocab*", "merges*", "config.json"])
-    )
+    return hub.snapshot(model.hub, commit, ["*token*", "*.jinja", "vocab*", "merges*", "config.json"])
 
 
 def about(run: Run, planned: int) -> dict[str, Any]:

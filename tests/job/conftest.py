@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from omr import pipeline
+from omr import pipeline, text
 from omr.compose import plan
 from omr.config import Config
 from omr.job import eval as job_eval
@@ -82,7 +82,8 @@ def write_sums(folder: Path, count: int, *, answers: bool = True) -> Path:
 def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Run, float | None]]:
     """`evaluate(server, "job.x=1", ...)` runs job=eval and returns the run and its score."""
     monkeypatch.setenv("OMR_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(job_eval, "tokenizer", lambda run: PlainTokenizer())
+    monkeypatch.setattr(job_eval, "tokenizer_folder", lambda run: tmp_path)
+    monkeypatch.setattr(text, "load_tokenizer", lambda folder: PlainTokenizer())
     numbers = iter(range(1000))
 
     def run_once(fake: FakeServer, *overrides: str) -> tuple[Run, float | None]:
