@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omr import table
-from omr.cli._tracking import add_uri, uri_of
+from omr.cli._tracking import add_uri, summary_of, uri_of
 from omr.config import home
 from omr.tracker import METRICS, study_runs
 
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     add_uri(parser)
     args = parser.parse_args(argv)
     runs = [run for run in study_runs(uri_of(args), args.study, home()) if run["tags"].get("omr.kind") != "sweep"]
-    rows = [_summary(run) for run in reversed(_newest(runs))]
+    rows = [summary_of(run) for run in reversed(_newest(runs))]
     folder = args.out or Path("experiments") / args.study
     folder.mkdir(parents=True, exist_ok=True)
     if any("accuracy/pass_at_1" in row["metrics"] for row in rows):
@@ -38,19 +38,6 @@ def _newest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if run["status"] == "FINISHED":
             seen.setdefault(run["tags"].get("omr.fingerprint", run["id"]), run)
     return list(seen.values())
-
-
-def _summary(run: dict[str, Any]) -> dict[str, Any]:
-    prefix = "choice."
-    return {
-        "run_id": run["id"],
-        "status": run["status"],
-        "reason": run["tags"].get("omr.reason", ""),
-        "name": run["name"],
-        "choices": {k.removeprefix(prefix): v for k, v in run["tags"].items() if k.startswith(prefix)},
-        "metrics": run["metrics"],
-        "tags": run["tags"],
-    }
 
 
 def _markdown(study: str, runs: list[dict[str, Any]], rows: list[dict[str, Any]], picture: bool) -> str:
