@@ -42,6 +42,10 @@ def run_all(overrides: list[str], *, multirun: bool) -> int:
     places = [f"hydra.run.dir={folder}/0", f"hydra.sweep.dir={folder}"]
     if not plan.multirun:
         hand_to_hydra([*overrides, *places])
+        rows = [row for row in summaries(folder) if "accuracy/problems" in row["metrics"]]
+        if rows:
+            print(table.table(rows))
+            _say_where(folder / "0", first)
         return 0
     return _sweep(first, [*overrides, *places, "--multirun"], folder)
 
@@ -96,12 +100,14 @@ def _sweep(first: Config, args: list[str], folder: Path) -> int:
         raise
     finally:
         os.environ.pop(PARENT, None)
-    print(f"table and plot: {folder}")
-    if uri:
-        print(
-            f"compare the runs in the browser: mlflow ui --backend-store-uri {uri}   (then open study {first.study!r})"
-        )
+    _say_where(folder, first)
     return 1 if failed else 0
+
+
+def _say_where(folder: Path, cfg: Config) -> None:
+    print(f"everything it wrote: {folder}")
+    if uri := cfg.tracking():
+        print(f"in the browser: mlflow ui --backend-store-uri {uri}   (study {cfg.study!r} at http://127.0.0.1:5000)")
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
