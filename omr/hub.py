@@ -24,6 +24,13 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+def cache_folder(repo: str, repo_type: RepoType = "model") -> Path:
+    """Where the hub's client keeps a repository: refs/BRANCH, snapshots/COMMIT/FILE."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}"
+
+
 def resolve_revision(repo: str, revision: str | None, repo_type: RepoType = "model") -> str:
     """The full commit hash of `revision` (a branch or tag; None is main). A full hash is returned as it is.
 
@@ -32,10 +39,8 @@ def resolve_revision(repo: str, revision: str | None, repo_type: RepoType = "mod
     if revision and COMMIT.fullmatch(revision):
         return revision
     branch = revision or "main"
+    reference = cache_folder(repo, repo_type) / "refs" / branch
     if is_offline():
-        from huggingface_hub import constants
-
-        reference = Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}" / "refs" / branch
         if reference.is_file() and COMMIT.fullmatch(reference.read_text().strip()):
             return reference.read_text().strip()
         raise InputError(f"{repo}@{branch} is not in the hub cache and HF_HUB_OFFLINE is set; unset it or set a path")
@@ -44,15 +49,17 @@ def resolve_revision(repo: str, revision: str | None, repo_type: RepoType = "mod
     with one_line_errors(repo, repo_type):
         info = HfApi().repo_info(repo, revision=branch, repo_type=repo_type)
     assert info.sha is not None and COMMIT.fullmatch(info.sha), info.sha
+    reference.parent.mkdir(parents=True, exist_ok=True)  # as the client does when it is given a branch
+    reference.write_text(info.sha)
     return info.sha
 
 
 def list_files(repo: str, commit: str, repo_type: RepoType) -> list[str]:
     """File names of a repository at a commit, sorted. Offline: those that are in the cache."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
     if is_offline():
-        root = Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}" / "snapshots" / commit
+        root = cache_folder(repo, repo_type) / "snapshots" / commit
         return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
     with one_line_errors(repo, repo_type):
         return sorted(HfApi().list_repo_files(repo, revision=commit, repo_type=repo_type))
