@@ -175,7 +175,9 @@ class Solving:
                     await asyncio.gather(*solving, return_exceptions=True)
                 await asyncio.gather(*self._grading)
             after = await _counts(client)
-        return after - before if after is not None and before is not None else None
+        if after is None or before is None or client.endpoint.server.metrics_drain:
+            return after
+        return after - before
 
     async def _one(self, solver: Solver, task: Task, places: asyncio.Semaphore) -> None:
         async with places:

@@ -119,3 +119,6 @@ class Server:
         return None
 
     metrics_path: ClassVar[str] = "/metrics"
+    metrics_drain: ClassVar[bool] = False
+    """True when reading the metrics page empties it: `spec_counts` then counts since the last read, not since the
+    start."""

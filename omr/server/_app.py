@@ -1,20 +1,16 @@
-"""The native server's HTTP side: routes, validation of what needs the model, streams.
+"""The native server's HTTP side: routes, and the validation that needs the model.
 
 A request is parsed (`_body`), encoded, checked against the context, and becomes n sequences in the engine thread
-(`_engine_thread`). One mailbox brings their tokens, `_answer` turns them into JSON. Three things end a request early: a
-stop string (the sequence is aborted in the engine), the client hanging up (all its sequences are), and the service
-stopping (they end with finish_reason `abort`). Whatever happens, `finally` frees what the engine still holds.
+(`_engine_thread`). `_reply` brings their tokens back to the client, `_answer` turns them into JSON.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,17 +18,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from omr.engine.request import Output
 from omr.engine.request import Request as EngineRequest
 from omr.errors import InputError
 from omr.server import SpecCounts, _body
-from omr.server._answer import Answer, ChatAnswer, Choice, CompletionAnswer, Delta
+from omr.server._answer import Answer, ChatAnswer, Choice, CompletionAnswer
 from omr.server._body import BadRequest, Generation
-from omr.server._engine_thread import EngineDead, EngineThread, Mailbox, Refused
+from omr.server._engine_thread import EngineThread
 from omr.server._metrics import Clock, Metrics
 from omr.server._prometheus import CONTENT_TYPE
+from omr.server._reply import Generating, Reply, dead, error_response
 from omr.server._text import Vocabulary
 
 MAX_BODY_BYTES = 64 << 20
@@ -53,17 +48,6 @@ class Loaded:
     """(sequences running, sequences waiting, share of KV blocks in use)."""
 
 
-@dataclass
-class _Sequence:
-    """One of a request's n sequences."""
-
-    request_id: str
-    choice: Choice
-    clock: Clock
-    started: bool = field(default=False)
-    """Whether a chunk of it has been sent."""
-
-
 class Service:
     """The routes of one model."""
 
@@ -73,7 +57,6 @@ class Service:
         self._context = context_tokens
         self._rng = random.Random(seed)
         self._created = int(time.time())
-        self._stopping = False
         self._metrics = Metrics(model)
 
     def app(self) -> Starlette:
@@ -98,16 +81,17 @@ class Service:
 
     def stop(self) -> None:
         """End all open requests and refuse new ones."""
-        self._stopping = True
         self._thread.close_all()
 
     # plain routes
 
     async def _health(self, request: Request) -> Response:
         if self._thread.error is not None:
-            return _error(500, "InternalServerError", _dead(self._thread.error))
-        if not self._thread.ready.is_set() or self._stopping:
-            return _error(503, "ServiceUnavailable", "stopping" if self._stopping else "the model is being loaded")
+            return error_response(500, "InternalServerError", dead(self._thread.error))
+        if not self._thread.ready.is_set() or self._thread.closing:
+            return error_response(
+                503, "ServiceUnavailable", "stopping" if self._thread.closing else "the model is being loaded"
+            )
         return PlainTextResponse("")
 
     async def _version(self, request: Request) -> Response:
@@ -173,9 +157,9 @@ class Service:
 
     def _need(self) -> Loaded:
         if self._thread.error is not None:
-            raise HTTPException(500, _dead(self._thread.error))
-        if self._stopping or self._thread.loaded is None:
-            raise HTTPException(503, "the server is stopping" if self._stopping else "the model is being loaded")
+            raise HTTPException(500, dead(self._thread.error))
+        if self._thread.closing or self._thread.loaded is None:
+            raise HTTPException(503, "the server is stopping" if self._thread.closing else "the model is being loaded")
         loaded: Loaded = self._thread.loaded
         return loaded
 
@@ -197,37 +181,17 @@ class Service:
         if body.echo:
             decode = loaded.vocabulary.decode
             answer.echoed = [p if isinstance(p, str) else decode(p, skip_special=False) for p in body.prompts]
-        self._metrics.prompt_tokens += sum(map(len, prompts))
-        sequences, requests = [], []
-        for i in range(len(prompts) * body.n):
-            ids = prompts[i // body.n]
-            name = f"{request_id}-{i}"
-            sequences.append(_Sequence(name, Choice(i, ids, body, loaded.vocabulary), Clock(self._metrics)))
-            requests.append(self._request(name, ids, body, i % body.n))
         num_prompt_tokens = sum(map(len, prompts))
-
-        async def run(receive: Receive, send: Send) -> None:
-            mailbox = Mailbox()
-            watcher = asyncio.create_task(_watch(receive, mailbox))
-            steps = self._steps(mailbox, sequences)
-            try:
-                if body.max_tokens == 0:
-                    for sequence in sequences:
-                        sequence.choice.end("length")
-                else:
-                    for engine_request in requests:
-                        self._thread.submit(engine_request, mailbox)
-                reply = self._stream if body.stream else self._collect
-                await reply(answer, sequences, steps, num_prompt_tokens, send)
-            finally:
-                watcher.cancel()
-                await steps.aclose()
-                for sequence in sequences:
-                    if not sequence.choice.finished:
-                        sequence.clock.finish("abort", sequence.choice.num_tokens)
-                    self._thread.abort(sequence.request_id)
-
-        return _Generated(run)
+        self._metrics.prompt_tokens += num_prompt_tokens
+        sequences = [
+            Generating(
+                self._request(f"{request_id}-{i}", prompts[i // body.n], body, i % body.n),
+                Choice(i, prompts[i // body.n], body, loaded.vocabulary),
+                Clock(self._metrics),
+            )
+            for i in range(len(prompts) * body.n)
+        ]
+        return Reply(answer, sequences, num_prompt_tokens, self._thread)
 
     def _check_length(self, ids: Sequence[int], body: Generation) -> None:
         limit = f"this model's maximum context length is {self._context} tokens"
@@ -267,127 +231,6 @@ class Service:
         except InputError as error:
             raise BadRequest(str(error)) from None
 
-    async def _steps(self, mailbox: Mailbox, sequences: Sequence[_Sequence]) -> AsyncGenerator[list[_Sequence], None]:
-        """The sequences that got something, wake-up after wake-up, until all are finished or the client is gone."""
-        by_id = {s.request_id: s for s in sequences}
-        if all(s.choice.finished for s in sequences):
-            yield list(sequences)
-        while not all(s.choice.finished for s in sequences):
-            touched: dict[str, _Sequence] = {}
-            output: Output
-            for output in await mailbox.take():
-                sequence = by_id[output.id]
-                choice = sequence.choice
-                if choice.finished:
-                    continue  # the step that was running when its stop string was found
-                before = choice.num_tokens
-                if choice.push(output):
-                    self._thread.abort(output.id)
-                sequence.clock.tokens(choice.num_tokens - before)
-                if choice.finished:
-                    sequence.clock.finish(choice.finish_reason or "", choice.num_tokens)
-                touched[output.id] = sequence
-            if mailbox.gone:
-                if not self._stopping:
-                    return
-                for sequence in sequences:
-                    if not sequence.choice.finished:
-                        sequence.choice.end("abort")
-                        sequence.clock.finish("abort", sequence.choice.num_tokens)
-                        touched[sequence.request_id] = sequence
-            yield list(touched.values())
-
-    async def _collect(
-        self,
-        answer: Answer,
-        sequences: Sequence[_Sequence],
-        steps: AsyncIterator[list[_Sequence]],
-        num_prompt_tokens: int,
-        send: Send,
-    ) -> None:
-        try:
-            async for _ in steps:
-                pass
-        except (EngineDead, Refused) as error:
-            await _send(send, _engine_error(error))
-            return
-        choices = [s.choice for s in sequences]
-        if all(c.finished for c in choices):
-            await _send(send, JSONResponse(answer.whole(choices, num_prompt_tokens)))
-
-    async def _stream(
-        self,
-        answer: Answer,
-        sequences: Sequence[_Sequence],
-        steps: AsyncIterator[list[_Sequence]],
-        num_prompt_tokens: int,
-        send: Send,
-    ) -> None:
-        open_ = False
-        body = answer.body
-        try:
-            async for touched in steps:
-                events: list[dict[str, Any]] = []
-                for sequence in touched:
-                    delta = sequence.choice.take()
-                    if delta is not None:
-                        events += self._events(answer, sequence, delta)
-                if not open_:
-                    await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
-                    open_ = True
-                if events:
-                    await _send_events(send, events)
-        except (EngineDead, Refused) as error:
-            if not open_:
-                await _send(send, _engine_error(error))
-                return
-            await _send_events(send, [_error_body(500, "InternalServerError", _dead(error))])
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            return
-        choices = [s.choice for s in sequences]
-        if all(c.finished for c in choices):
-            if body.include_usage:
-                await _send_events(send, [answer.last(answer.usage(choices, num_prompt_tokens))])
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
-
-    def _events(self, answer: Answer, sequence: _Sequence, delta: Delta) -> list[dict[str, Any]]:
-        first, sequence.started = not sequence.started, True
-        opening = answer.opening(sequence.choice) if first else None
-        chunk = answer.chunk(sequence.choice, delta, first=first)
-        if answer.body.continuous_usage:
-            chunk["usage"] = answer.usage([sequence.choice], len(sequence.choice.prompt_ids))
-        return [chunk] if opening is None else [opening, chunk]
-
-
-class _Generated(Response):
-    """A response that writes itself, with the client's hang-up in sight."""
-
-    def __init__(self, run: Callable[[Receive, Send], Awaitable[None]]) -> None:
-        super().__init__()
-        self._run = run
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._run(receive, send)
-
-
-_SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-
-
-async def _watch(receive: Receive, mailbox: Mailbox) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    mailbox.close()
-
-
-async def _send(send: Send, response: Response) -> None:
-    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body})
-
-
-async def _send_events(send: Send, events: Sequence[dict[str, Any]]) -> None:
-    text = "".join(f"data: {json.dumps(e, ensure_ascii=False, separators=(',', ':'))}\n\n" for e in events)
-    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-
 
 async def _read(request: Request) -> dict[str, Any]:
     raw = bytearray()
@@ -413,33 +256,15 @@ def _apply_template(tokenizer: Any, body: Generation) -> str:
         raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
 
 
-def _dead(error: Exception) -> str:
-    return f"the engine failed: {error}"
-
-
-def _engine_error(error: Exception) -> Response:
-    if isinstance(error, Refused):
-        return _error(400, "BadRequestError", str(error))
-    return _error(500, "InternalServerError", _dead(error))
-
-
-def _error_body(status: int, kind: str, message: str, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
-
-
-def _error(status: int, kind: str, message: str, param: str | None = None) -> Response:
-    return JSONResponse(_error_body(status, kind, message, param), status_code=status)
-
-
 async def _on_bad_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, BadRequest)
-    return _error(400, "BadRequestError", error.message, error.param)
+    return error_response(400, "BadRequestError", error.message, error.param)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kinds = {404: "NotFoundError", 405: "MethodNotAllowed", 503: "ServiceUnavailable"}
-    return _error(error.status_code, kinds.get(error.status_code, "HTTPError"), error.detail)
+    return error_response(error.status_code, kinds.get(error.status_code, "HTTPError"), error.detail)
 
 
 async def _on_hang_up(request: Request, error: Exception) -> Response:
@@ -447,4 +272,4 @@ async def _on_hang_up(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    return _error(500, "InternalServerError", f"{type(error).__name__}: {error}")
+    return error_response(500, "InternalServerError", f"{type(error).__name__}: {error}")

@@ -86,6 +86,8 @@ class EngineThread:
         self.loaded: Any = None
         self.error: EngineDead | None = None
         """Why the engine is dead; None while it loads or runs."""
+        self.closing = False
+        """All open requests have been ended and no new ones are wanted."""
         self.on_load_error: Callable[[BaseException], None] = lambda error: None
 
     def start(self) -> None:
@@ -110,7 +112,8 @@ class EngineThread:
         return len(self._mailboxes)
 
     def close_all(self) -> None:
-        """Tell every open request that it is over."""
+        """Tell every open request that it is over, and stay closed."""
+        self.closing = True
         for mailbox in set(self._mailboxes.values()):
             mailbox.close()
 
