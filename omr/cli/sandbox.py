@@ -50,8 +50,8 @@ def main(argv: list[str]) -> int:
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
     """A listening socket. Raises ResourceError when the address cannot be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:  # asyncio turns Nagle off only if it says TCP
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # restart at once
             listener.bind(address)
             listener.listen(1024)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omr.errors import ChildError, MissingBackend
+from omr.errors import ChildError, MissingBackend, ResourceError
 from omr.sandbox import _frames, _view
 from omr.sandbox._session import Kind, LocalSession, Process, raise_refusal, readable
 
@@ -96,7 +96,7 @@ class _Zygote:
         return ChildError(f"the sandbox {what}; its log: {self._log}", "\n".join(tail))
 
     def end(self) -> None:
-        """With the socket closed the zygote ends by itself, and the watcher after it. If not, kill the watcher."""
+        """With its socket closed the watcher kills the zygote and ends. If not, kill the watcher."""
         self.socket.close()
         try:
             self._watcher.wait(5.0)
@@ -138,6 +138,7 @@ class LocalClient:
         self._restart_lock = threading.Lock()
         self._processes: set[Process] = set()
         self._opening = 0
+        self._closed = False
 
     def session(self, kind: Kind = "notebook") -> LocalSession:
         """A new, empty session. `script` and `shell` sessions run one block as `python -c` or bash would."""
@@ -149,6 +150,8 @@ class LocalClient:
 
     async def open(self, kind: Kind) -> Process:
         """Have the zygote fork a session. Raises ResourceError or ChildError."""
+        if self._closed:
+            raise ResourceError("this sandbox is closed")
         while self._opening >= _MAX_OPENING:
             await asyncio.sleep(0.002)
         self._opening += 1
@@ -195,7 +198,8 @@ class LocalClient:
                 os.close(fd)
             raise_refusal(message)
         group = 0 if self.tier == "namespace" else message["pid"]
-        return Process(fds, group=group, scratch=message["scratch"])
+        memory_bytes = self.limits.memory_bytes if kind == "shell" else None
+        return Process(fds, group=group, scratch=message["scratch"], memory_bytes=memory_bytes)
 
     def _restart(self, dead: _Zygote) -> None:
         """A new zygote in place of `dead`, unless another thread was faster. Raises ChildError after too many."""
@@ -219,6 +223,7 @@ class LocalClient:
 
     def close(self) -> None:
         """Kill every session, then the zygote."""
+        self._closed = True
         for process in list(self._processes):
             self.discard(process)
         self._zygote.end()

@@ -36,10 +36,13 @@ class View:
         """Where the scratch folder is mounted in the namespace tier: a name that no visible path needs."""
 
     def grants(self, kind: str, scratch: str, *, whole: bool) -> list[tuple[str, int]]:
-        """Landlock grants of a session. `whole`: hidden folders are covered already, no need to list around them."""
+        """Landlock grants of a session. `whole`: the calling process's root is this view and nothing else."""
         rights = _landlock.RUN if kind == "shell" else _landlock.READ
+        if whole:
+            device = _landlock.READ_FILE | _landlock.WRITE_FILE
+            return [("/", rights), ("/dev", device), (scratch, _landlock.SCRATCH)]
         folders = self.libraries + (self.programs if kind == "shell" else [])
-        paths = folders if whole else [path for folder in folders for path in self._around_hidden(folder)]
+        paths = [path for folder in folders for path in self._around_hidden(folder)]
         devices = [(device, _landlock.READ_FILE | _landlock.WRITE_FILE) for device in DEVICES]
         return [(path, rights) for path in paths] + devices + [(scratch, _landlock.SCRATCH)]
 

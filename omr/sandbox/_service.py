@@ -9,7 +9,7 @@
 Languages: `ipython` keeps state per session id; `python`, `python3` and `shell` are one process per request, caged like
 any session; `pypy3` and unknown names get the server error that a missing interpreter gives there, `lean4` its error
 reply. An answer says `new_session_created` when its session started empty, at this block or since the last answer: the
-client then replays. `state_lost` (ours, others ignore it) says that this very block ended the session's process.
+client then replays. A header, X-State-Lost, tells our own client that this very block ended the session's process.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from omr.sandbox import Outcome
 from omr.sandbox._client import LocalClient
 from omr.sandbox._session import Kind, LocalSession
 
+_STATE_LOST = "X-State-Lost"
 MAX_BODY_BYTES = 10 << 20
 _ONE_SHOT: dict[str, Kind] = {"python": "script", "python3": "script", "shell": "shell"}
 _VERBOSITIES = ("Plain", "Context", "Verbose", "Minimal")
@@ -106,14 +107,14 @@ class Service:
                 session_id = request.headers.get("X-Session-ID")
                 if session_id is None:
                     raise _refuse(400, "X-Session-ID header required for ipython sessions")
-                return JSONResponse(await self._run_named(session_id, job))
+                return await self._run_named(session_id, job)
             return JSONResponse(await self._run_once(job))
         except _Refused as refused:
             return refused.response
         except OmrError as error:  # the sandbox itself: no session to be had
             return JSONResponse(_failed(str(error).splitlines()[0]), status_code=503)
 
-    async def _run_named(self, session_id: str, job: _Job) -> dict[str, Any]:
+    async def _run_named(self, session_id: str, job: _Job) -> Response:
         entry = self._entries.get(session_id)
         if entry is None:
             self._check_room()
@@ -127,7 +128,8 @@ class Service:
             entry.running -= 1
             entry.last_used = time.time()
         new, entry.emptied = entry.emptied or outcome.state_lost, outcome.state_lost
-        return {**_reply(outcome), "new_session_created": new, "state_lost": outcome.state_lost}
+        headers = {_STATE_LOST: "true" if outcome.state_lost else "false"}
+        return JSONResponse({**_reply(outcome), "new_session_created": new}, headers=headers)
 
     async def _run_once(self, job: _Job) -> dict[str, Any]:
         if job.language == "lean4":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omr.errors import ResourceError
 from omr.sandbox import Outcome, _frames
+from omr.sandbox._memory import guard_memory
 
 if TYPE_CHECKING:
     from omr.sandbox._client import LocalClient
@@ -198,7 +199,7 @@ class LocalSession:
 class Process:
     """The process of a session, as seen from outside."""
 
-    def __init__(self, fds: list[int], *, group: int, scratch: str) -> None:
+    def __init__(self, fds: list[int], *, group: int, scratch: str, memory_bytes: int | None) -> None:
         control, stdout, stderr, self._pidfd = fds
         for fd in (control, stdout, stderr):
             os.set_inheritable(fd, False)
@@ -211,6 +212,8 @@ class Process:
         """Process group to kill along; 0 where the session has its own process space."""
         self.scratch = scratch
         """Folder to remove afterwards; empty where it vanishes with the session."""
+        self._memory_bytes = memory_bytes
+        """What the process and its descendants may hold together; None where they are one process with a limit."""
         self._open = True
 
     async def await_ready(self) -> None:
@@ -226,9 +229,16 @@ class Process:
         loop = asyncio.get_running_loop()
         self._stdout.start(loop, keep)
         self._stderr.start(loop, keep)
+        guard = None
         try:
+            if self._memory_bytes is not None:
+                guard = loop.create_task(guard_memory(self._pidfd, self._memory_bytes))
+            self._signal(signal.SIGCONT)
             status = await self._answer(message, timeout_s, soft)
+            self._signal(signal.SIGSTOP)  # threads left behind rest until the next block
         finally:
+            if guard is not None:
+                guard.cancel()
             stdout, stderr = self._stdout.stop(), self._stderr.stop()
         return status, stdout, stderr
 

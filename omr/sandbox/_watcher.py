@@ -6,10 +6,10 @@
                                                    watches the owner; cleans up after it
 
 The watcher stays outside all namespaces. It tries the tiers in order, each in a fresh keeper, until a trial session
-went through all its steps; then it only waits for the owner's or the keeper's end. When the owner goes, even by
-SIGKILL, the watcher kills the keeper; with the zygote, pid 1 of the process namespace, the kernel kills every
-session. In the tiers without namespaces the watcher, adoptive parent of every orphan, kills what is left, and removes
-the scratch folder.
+went through all its steps; then it only waits for an end: of the owner, its socket or the keeper. When the owner
+goes, even by SIGKILL, the watcher kills the keeper; with the zygote, pid 1 of the process namespace, the kernel kills
+every session. In the tiers without namespaces the watcher, adoptive parent of every orphan, kills what is left, and
+removes the scratch folder.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def main(control: int) -> NoReturn:
         cage = tier(View(**settings["view"]), scratch_root)
         keeper, refusal = _start(functools.partial(_keep, cage, {**settings, "refusals": refusals}, control))
         if refusal is None:
-            os.close(control)
-            _wait(owner, keeper)
+            _wait(owner, keeper, control)
             break
         refusals.append({"tier": tier.tier, **refusal})
         os.waitpid(keeper, 0)
@@ -131,12 +130,13 @@ def _try_session(cage: Bare) -> None:
         raise StepError(refusal["step"], refusal["errno"])
 
 
-def _wait(owner: int, keeper: int) -> None:
-    """Until the owner or the keeper ends; then the keeper is dead."""
+def _wait(owner: int, keeper: int, control: int) -> None:
+    """Until the owner ends or closes its end of the control socket, or the keeper ends; then the keeper is dead."""
     kept = os.pidfd_open(keeper)
     poll = select.poll()
     poll.register(owner, select.POLLIN)
     poll.register(kept, select.POLLIN)
+    poll.register(control, select.POLLRDHUP)
     poll.poll()
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(kept, signal.SIGKILL)

@@ -25,10 +25,12 @@ from omr.sandbox import Outcome, Sandbox, SandboxClient
 if TYPE_CHECKING:
     import httpx
 
+_STATE_LOST = "X-State-Lost"
 _HEALTH_TIMEOUT_S = 5.0
 _MARGIN_S = 10.0
 """How much longer than the block's own limit an answer may take."""
 _CONNECT_PAUSES_S = (0.1, 0.5, 2.0)
+"""Between attempts to reach a service that was there before."""
 
 
 @option("sandbox", "http")
@@ -139,18 +141,17 @@ class HttpSession:
                 )
                 reply = answer.json()
                 if isinstance(reply, dict) and "process_status" in reply:
-                    return reply
+                    lost = answer.headers.get(_STATE_LOST)
+                    return reply if lost is None else {**reply, "state_lost": lost == "true"}
                 raise ResourceError(f"the sandbox at {self._client.base} answered {answer.status_code}: {reply!r:.200}")
             except ValueError:
                 raise ResourceError(f"the sandbox at {self._client.base} answered {answer.status_code}") from None
-            except httpx.ConnectError as error:  # nothing was sent: safe to try again
+            except httpx.TimeoutException:
+                return {"process_status": "timeout", "stderr": "Client timed out\n", "state_lost": True}
+            except httpx.TransportError as error:  # a server that comes back says whether the session is still there
                 if pause_s is None:
                     raise ResourceError(f"no sandbox at {self._client.base} ({error})") from None
                 await asyncio.sleep(pause_s)
-            except httpx.TimeoutException:
-                return {"process_status": "timeout", "stderr": "Client timed out\n", "state_lost": True}
-            except httpx.TransportError:
-                return {"process_status": "error", "stderr": "connection closed\n", "state_lost": True}
         raise AssertionError("the last pass returns or raises")
 
     def _open_http(self) -> httpx.AsyncClient:
