@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -56,6 +56,7 @@ class Solving:
         samples: SampleFile,
         grader: Grader,
         policy: StopPolicy,
+        watch: Callable[[str], None] | None = None,
     ) -> None:
         self._job, self._cfg, self._samples, self._grader, self._policy = job, cfg, samples, grader, policy
         self._problems = {p.id: p for p in problems}
@@ -71,6 +72,7 @@ class Solving:
         self._right = self._graded = 0
         self._bar: Any = None
         self._tools = job.uses_tools
+        self._watch = watch
 
     def _is_open(self, done: Sequence[Ballot]) -> bool:
         return len(done) < self._policy.planned and self._policy.reason(done) is None
@@ -163,6 +165,7 @@ class Solving:
                 count_tokens=self._count,
                 max_concurrent=job.max_concurrent_generations,
                 keep=self._keep,
+                watch=self._watch,
             )
             before = await _counts(client)
             with self._progress():
@@ -196,6 +199,7 @@ class Solving:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 5.0,
             file=sys.stderr,
+            disable=self._watch is not None,
         )
         return self._bar
 

@@ -15,7 +15,7 @@ At temperature 0 the generations of a problem would be one and the same, so one 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -29,8 +29,12 @@ from omr.option import option
 from omr.solve.vote import StopPolicy, Weight
 
 if TYPE_CHECKING:
+    from omr.benchmark import Problem
+    from omr.job._samples import SampleFile
+    from omr.job._score import Record
     from omr.run import Run
     from omr.server import SpecCounts
+    from omr.solve.grade import Grader
 
 T = TypeVar("T")
 
@@ -114,34 +118,21 @@ class Eval(Job):
         return self.tools and self.max_code_executions > 0
 
     def run(self, run: Run) -> float | None:
-        from omr import pipeline
         from omr.job._outcome import conclude
         from omr.job._samples import SAMPLES, TRANSCRIPTS
-        from omr.job._solving import Solving, open_samples
+        from omr.job._solving import open_samples
         from omr.solve.grade import Grader
 
         problems = run.cfg.benchmark.load()
-        planned = self._planned(run)
-        counts: SpecCounts | None = None
-        with ExitStack() as stack:
-            samples = stack.enter_context(open_samples(run, problems, planned))
-            grader = stack.enter_context(Grader(timeout_s=self.grade_timeout_s))
-            solving = Solving(self, run.cfg, problems, samples, grader, self.policy(planned))
+        planned = self.planned(run)
+        if planned != self.num_generations:
+            run.say(f"temperature 0: one generation per problem instead of {self.num_generations} equal ones")
+        with open_samples(run, problems, planned) as samples, Grader(timeout_s=self.grade_timeout_s) as grader:
             if samples.rows:
                 run.say(f"resuming: {len(samples.rows)} generations of {len(problems)} problems are done already")
-            if solving.todo:
-                folder = tokenizer_folder(run)
-                launch = run.cfg.sandbox.launch(run.folder / "logs") if self.uses_tools else nullcontext()
-                reading = stack.enter_context(meanwhile(load_tokenizer(folder)))
-                caged = stack.enter_context(meanwhile(launch))
-                live = stack.enter_context(pipeline.endpoint(run))
-                sandbox = solving.with_tools(caged.result())
-                run.tracker.tags({"sandbox.tier": sandbox.tier if sandbox else "none"})
-                solving.lay_out(reading.result())
-                with run.stage("generate"):
-                    counts = solving.to_the_end(live, sandbox)
+            records, counts = self.solve(run, problems, samples, grader)
             with run.stage("grade"):
-                metrics = conclude(run.folder, about(run, planned), solving.records(), grader, self.vote, counts)
+                metrics = conclude(run.folder, about(run, planned), records, grader, self.vote, counts)
             if samples.folder != run.folder:
                 shutil.copyfile(samples.folder / TRANSCRIPTS, run.folder / TRANSCRIPTS)
                 shutil.rmtree(samples.folder)
@@ -150,11 +141,39 @@ class Eval(Job):
             run.tracker.artifact(run.folder / name)
         return metrics.get("accuracy/pass_at_1")
 
-    def _planned(self, run: Run) -> int:
-        if run.cfg.sampling.temperature == 0 and self.num_generations > 1:
-            run.say(f"temperature 0: one generation per problem instead of {self.num_generations} equal ones")
-            return 1
-        return self.num_generations
+    def solve(
+        self,
+        run: Run,
+        problems: Sequence[Problem],
+        samples: SampleFile,
+        grader: Grader,
+        watch: Callable[[str], None] | None = None,
+    ) -> tuple[list[Record], SpecCounts | None]:
+        """Make every generation that `samples` lacks; starts a server only if there are any.
+
+        `watch` hears what generation 0 writes, as it comes, and takes the place of the progress bar.
+        """
+        from omr import pipeline
+        from omr.job._solving import Solving
+
+        solving = Solving(self, run.cfg, problems, samples, grader, self.policy(self.planned(run)), watch)
+        if not solving.todo:
+            return solving.records(), None
+        with ExitStack() as stack:
+            reading = stack.enter_context(meanwhile(load_tokenizer(tokenizer_folder(run))))
+            launch = run.cfg.sandbox.launch(run.folder / "logs") if self.uses_tools else nullcontext()
+            caged = stack.enter_context(meanwhile(launch))
+            live = stack.enter_context(pipeline.endpoint(run))
+            sandbox = solving.with_tools(caged.result())
+            run.tracker.tags({"sandbox.tier": sandbox.tier if sandbox else "none"})
+            solving.lay_out(reading.result())
+            with run.stage("generate"):
+                counts = solving.to_the_end(live, sandbox)
+        return solving.records(), counts
+
+    def planned(self, run: Run) -> int:
+        """Generations per problem: one at temperature 0, where all would be the same."""
+        return 1 if run.cfg.sampling.temperature == 0 else self.num_generations
 
 
 @contextmanager

@@ -70,8 +70,11 @@ class Solver:
         max_concurrent: int,
         keep: Callable[[str, int, Transcript], None],
         max_failures: int = 8,
+        watch: Callable[[str], None] | None = None,
     ) -> None:
         """`keep(problem id, sample, transcript)` records a finished generation; once it returns it is safe on disk.
+
+        `watch` hears the text of generation 0 as it grows.
 
         After `max_failures` generations in a row that the server failed, `solve` raises Failure.
         """
@@ -82,6 +85,7 @@ class Solver:
         self._slots = asyncio.Semaphore(max_concurrent)
         self._keep = keep
         self._failures, self._max_failures = 0, max_failures
+        self._watch = watch
 
     async def solve(self, task: Task) -> Solved:
         """Run the generations that are missing, until the policy is content or the time is up."""
@@ -132,6 +136,7 @@ class Solver:
                 limits=self._limits,
                 tags=self._tags,
                 count_tokens=self._count,
+                watch=self._watch if sample == 0 else None,
             )
             live[sample] = transcript
             await transcript.run(self._client, self._sandbox)

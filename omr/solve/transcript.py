@@ -97,6 +97,8 @@ class Transcript:
     tags: CodeTags | None
     """None is plain reasoning, as is `limits.code_executions` 0."""
     count_tokens: Callable[[str], int]
+    watch: Callable[[str], None] | None = None
+    """Hears every piece of text as it comes, output blocks included."""
 
     text: str = ""
     """Everything after the prompt, output blocks included."""
@@ -249,6 +251,8 @@ class Transcript:
                     named = chunk.stop_reason if chunk.stop_reason is not None else named
                     if chunk.text:
                         pieces.append(chunk.text)
+                        if self.watch:
+                            self.watch(chunk.text)
                         tail = tail[-256:] + chunk.text
                         found = self._ends_here(pieces, tail, chunk.text, start, tags)
                         if found:
@@ -278,6 +282,8 @@ class Transcript:
         elif end and found is None and self._stop_was_hidden(start, reason, named, tags):
             self.text += end
             found = "tag"
+            if self.watch:
+                self.watch(end)
         event["text"] = self.text[start:]
         if found:
             return found
@@ -347,6 +353,8 @@ class Transcript:
         stdout, stderr = (self._printable(text) for text in (outcome.stdout, outcome.stderr))
         block = tags.output_block(outcome.status, stdout, stderr, notice)
         self.text += block
+        if self.watch:
+            self.watch(block)
         tokens = self.count_tokens(block)
         self.tool_tokens += tokens
         self.events.append(

@@ -131,7 +131,7 @@ def test_a_failing_server_is_survived_until_nothing_else_comes() -> None:
     errors = [t.error for _, _, t in kept if t.finish_reason == "error"]
     assert errors in ([], ["gone"]) and solved.vote.answer == "7"  # its retry draws with another seed
     dead = ScriptedClient(lambda r: Reply(error=StreamDropped("gone")))
-    with pytest.raises(Failure, match="3 generations in a row"):
+    with pytest.raises(Failure, match="generations in a row; the last with: gone"):
         solve(dead, StopPolicy(planned=6), max_failures=3)
 
 
