@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from omr.nn.draft_tree import Tree
     from omr.nn.transformer import Transformer
 
 
@@ -42,6 +43,17 @@ class DraftModel(Protocol):
         `history` holds all token ids of each sequence, newest last; it is None when `needs_hidden`.
         Returns (batch, num_draft_tok) int64.
         """
+        ...
+
+
+class TreeDraftModel(DraftModel, Protocol):
+    """A drafter that proposes a prefix tree; its `propose` gives one chain.
+
+    `num_draft_tok` is the depth of the tree: the most that one step can accept.
+    """
+
+    def propose_tree(self, hidden: torch.Tensor, tokens: torch.Tensor) -> Tree:
+        """Trees (see omr.nn.draft_tree) whose roots are `tokens` (batch,) int64; arguments as of `propose`."""
         ...
 
 

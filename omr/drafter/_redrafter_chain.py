@@ -1,4 +1,4 @@
-"""The DraftModel of a ReDrafter head: one greedy chain per sequence.
+"""The DraftModels of a ReDrafter head: one greedy chain per sequence, or the prefix tree of several beams.
 
 On CUDA it is the module's own `draft_chain`, captured by the engine in a graph. On CPU a small model is bound by the
 number of calls, so what depends on a token alone is tabulated once for the whole vocabulary, and what depends on the
@@ -20,14 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omr.drafter import DraftModel
+from omr.nn.draft_tree import Tree, beam_search, pack
 from omr.nn.redrafter import Redrafter
 
 TABLE_ELEMENTS = 2**25
 """Largest table kept, in elements (128 MiB of float32)."""
 
 
-def draft_model(head: Redrafter, embedding: Tensor, num_draft_tok: int) -> DraftModel:
-    """The fastest proposer for this head on its device."""
+def draft_model(head: Redrafter, embedding: Tensor, num_draft_tok: int, num_beams: int = 1) -> DraftModel:
+    """The fastest proposer for this head on its device; with several beams a TreeDraftModel."""
+    if num_beams > 1:
+        return BeamTree(head, embedding, num_draft_tok, num_beams)
     if embedding.device.type == "cpu" and embedding.numel() <= TABLE_ELEMENTS:
         return TabulatedChain(head, embedding, num_draft_tok)
     return Chain(head, embedding, num_draft_tok)
@@ -46,6 +49,22 @@ class Chain:
         """See DraftModel."""
         assert hidden is not None, "ReDrafter reads the target's hidden state"
         return self.head.draft_chain(hidden, tokens, self.embedding, self.num_draft_tok)
+
+
+class BeamTree(Chain):
+    """Beam search, its beams merged into one tree per sequence."""
+
+    def __init__(self, head: Redrafter, embedding: Tensor, num_draft_tok: int, num_beams: int) -> None:
+        super().__init__(head, embedding, num_draft_tok)
+        self.num_beams = num_beams
+
+    @torch.inference_mode()
+    def propose_tree(self, hidden: Tensor, tokens: Tensor) -> Tree:
+        """See TreeDraftModel. On CPU the trees are as wide as the largest of the batch, on CUDA always of one shape."""
+        length = 1 + self.num_draft_tok
+        beams = beam_search(self.head, hidden, tokens, self.embedding, self.num_beams, length).tokens
+        tree = pack(beams, 1 + self.num_beams * self.num_draft_tok)
+        return tree.cut(int(tree.sizes.max())) if hidden.device.type == "cpu" else tree
 
 
 class TabulatedChain:

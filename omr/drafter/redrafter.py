@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from omr.nn.transformer import Transformer
 
 
-LEAST = {"predict_n": 1, "num_draft_layers": 0, "head_rank": 0, "draft_vocab_size": 0, "num_processes": 1}
+LEAST = {
+    "predict_n": 1,
+    "num_draft_layers": 0,
+    "head_rank": 0,
+    "draft_vocab_size": 0,
+    "num_processes": 1,
+    "num_beams": 1,
+}
 """Least value of the integer knobs."""
+MAX_BEAMS = 50
+"""Beam search looks at this many tokens a step."""
 
 
 class Head(Enum):
@@ -100,6 +109,9 @@ class Redrafter(Drafter):
     """Draft positions trained."""
     draft_tok: int | None = field(default=None, metadata={"content": False})
     """Tokens drafted per step when serving; null is predict_n, more is refused."""
+    num_beams: int = field(default=1, metadata={"content": False})
+    """1 drafts a chain; more draft a tree of the likeliest beams, verified in one forward of up to
+    1 + num_beams * draft_tok tokens."""
     num_draft_layers: int = 2
     """Residual blocks before the output matrix."""
     rnn: bool = True
@@ -120,6 +132,8 @@ class Redrafter(Drafter):
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"drafter.{name} must be >= {least}, got {getattr(self, name)}")
+        if self.num_beams > MAX_BEAMS:
+            raise ConfigError(f"drafter.num_beams must be <= {MAX_BEAMS}, got {self.num_beams}")
         if self.exit_dim is not None and self.exit_dim < 1:
             raise ConfigError(f"drafter.exit_dim must be >= 1 or null, got {self.exit_dim}")
         if (self.head is Head.low_rank) != (self.head_rank > 0):
@@ -168,4 +182,4 @@ class Redrafter(Drafter):
                 f"set drafter.draft_tok={config.predict_n} or train with drafter.predict_n={wanted}"
             )
         head.attach(base.lm_head.weight)
-        return draft_model(head, base.embed.weight, wanted)
+        return draft_model(head, base.embed.weight, wanted, self.num_beams)

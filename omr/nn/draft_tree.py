@@ -98,6 +98,17 @@ class Tree:
     sizes: Tensor  # (B,) int64
     unpacker: Tensor  # (B, W, L) int64: tokens[unpacker] == beams
 
+    def cut(self, nodes: int) -> Tree:
+        """The first `nodes` columns, which must hold every real node."""
+        return Tree(
+            self.tokens[:, :nodes],
+            self.parents[:, :nodes],
+            self.depths[:, :nodes],
+            self.sees[:, :nodes, :nodes],
+            self.sizes,
+            self.unpacker,
+        )
+
 
 def pack(beams: Tensor, max_nodes: int | None = None) -> Tree:
     """Merge equal prefixes of beams (B, W, L). `max_nodes` bounds the nodes; W * L by default, always enough.

@@ -31,7 +31,8 @@ from omr.nn.transformer import Transformer
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
 GREEDY = json.loads((DATA / "generate_greedy.json").read_text())
 ENUMERATED: dict[tuple[int, float, int], Tensor] = {}
-DRAFTERS = ("none", "rnn2", "rnn1", "sum2", "proj", "ngram", "oracle", "contrary", "constant")
+CHAINS = ("none", "rnn2", "rnn1", "sum2", "proj", "ngram", "oracle", "contrary", "constant")
+TREES = ("rnn2-4x4", "rnn2-10x5", "rnn1-4x4", "sum2-10x5", "proj-4x4", "rnn2-2x2")
 
 
 class Oracle:
@@ -81,7 +82,10 @@ def drafter(name: str, model: Transformer) -> DraftModel | None:
         return Oracle(model, contrary=name == "contrary")
     if name == "constant":
         return Constant()
-    return Redrafter().load(DATA / f"drafter_{name}", model)
+    name, _, shape = name.partition("-")
+    beams, _, length = (shape or "1x4").partition("x")  # the newest token counts, as in the reference
+    option = Redrafter(predict_n=int(length) - 1, num_beams=int(beams))
+    return option.load(DATA / f"drafter_{name}", model)
 
 
 def engine(model: Transformer, name: str, **knobs: int) -> Engine:
@@ -110,7 +114,7 @@ def prompts(**knobs: object) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", (*CHAINS, *TREES))
 def test_greedy_output_is_the_reference_model_s(name: str, model: Transformer) -> None:
     made = engine(model, name)
     tokens, lengths = generate(made, prompts())
@@ -125,10 +129,11 @@ def test_greedy_output_is_the_reference_model_s(name: str, model: Transformer) -
         assert 0.5 < counts.accepted_tokens / counts.drafts < 1.5
 
 
+@pytest.mark.parametrize("shape", ["1x4", "4x4", "10x5"])
 @pytest.mark.parametrize("name", ["rnn2", "rnn1", "sum2", "proj"])
-def test_every_step_accepts_what_the_reference_accepts(name: str, model: Transformer) -> None:
-    _, lengths = generate(engine(model, name), prompts())
-    known = GREEDY["runs"][f"{name}.1x4.all"]["steps"]
+def test_every_step_accepts_what_the_reference_accepts(name: str, shape: str, model: Transformer) -> None:
+    _, lengths = generate(engine(model, f"{name}-{shape}"), prompts())
+    known = GREEDY["runs"][f"{name}.{shape}.all"]["steps"]
     for row, steps in enumerate(lengths.values()):
         accepted = [n - 1 for n in steps[1:]]  # the first token comes from the prompt
         reference = [step["accepted"][row] for step in known]
@@ -136,7 +141,7 @@ def test_every_step_accepts_what_the_reference_accepts(name: str, model: Transfo
         assert shared > 5 and accepted[:shared] == reference[:shared]
 
 
-@pytest.mark.parametrize("name", ["rnn2", "proj", "ngram", "constant"])
+@pytest.mark.parametrize("name", ["rnn2", "proj", "ngram", "constant", "rnn2-4x4", "proj-10x5"])
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -231,7 +236,7 @@ def test_joint_law_of_sampled_output(model: Transformer) -> None:
 
 
 LAWS = [("rnn2", t, k, p) for t in (0.7, 1.0) for k in (0, 50) for p in (0, 1)]
-LAWS += [(name, 1.0, k, 1) for name in ("none", "proj", "ngram", "constant") for k in (0, 50)]
+LAWS += [(name, 1.0, k, 1) for name in ("none", "proj", "ngram", "constant", "rnn2-4x4", "sum2-10x5") for k in (0, 50)]
 
 
 @pytest.mark.slow
