@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from omr.quant.int4 import Clip, Int4, fitting_group
 from omr.quant.int8_wo import Int8Wo
 
 Make = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
 SCHEMES: dict[str, Quantiser] = {
     "fp8": Fp8(calib_samples=8),
     "fp8-channel": Fp8(calib_samples=8, granularity=Granularity.channel),
@@ -252,3 +255,33 @@ def test_a_child_quantises_and_its_refusals_come_back(make_model: Make, calibrat
     with pytest.raises(InputError, match="should have"):
         store.get("checkpoint", content(option), {"weights": "other"}, make, revision=option.REVISION)
     assert len(list(store.all())) == 1
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from omr.quant import _rewrite
+from omr.quant.int8_wo import Int8Wo
+_rewrite.ShardWriter.__init__.__defaults__ = (32 << 20,)
+import safetensors.torch, tqdm, omr.quant._scales
+def peak():  # of this program; getrusage would count its parent's, from before exec
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+Int8Wo().quantise(Path(sys.argv[1]), Path(sys.argv[2]), None, "cpu")
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(make_model: Make, tmp_path: Path) -> None:
+    size, grown = [], []
+    for layers in (8, 32):
+        out = tmp_path / f"out{layers}"
+        out.mkdir()
+        src = make_model(name=f"{layers}", hidden_size=512, intermediate_size=4096, num_hidden_layers=layers)
+        command = [sys.executable, "-c", MEASURE, str(src), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        assert len(list(out.glob("*.safetensors"))) >= layers // 8
+        size.append(open_checkpoint(src).num_bytes)
+        grown.append(int(done.stdout.splitlines()[-1]) * 1024)
+    assert grown[1] - grown[0] < (size[1] - size[0]) / 5, (grown, size)
