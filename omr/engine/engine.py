@@ -16,6 +16,7 @@ ends a request, its blocks are free again when the step or `abort` returns.
 
 from __future__ import annotations
 
+import importlib.util
 import random
 
 from omr.drafter import DraftModel
@@ -28,6 +29,15 @@ from omr.nn.decoder import Decoder
 from omr.nn.paged import KVCache
 from omr.nn.transformer import Transformer
 from omr.server import SpecCounts
+
+
+def _decoder(model: Transformer, num_positions: int, *, plain: bool) -> Decoder:
+    """The decoder for the model's device: with Triton kernels on CUDA, in plain torch elsewhere (or if `plain`)."""
+    if not plain and model.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from omr.nn.cuda_decoder import CudaDecoder
+
+        return CudaDecoder(model, num_positions)
+    return Decoder(model, num_positions)
 
 
 class Engine:
@@ -66,7 +76,7 @@ class Engine:
         self.eos_token_ids = frozenset(config.eos_token_ids)
         self.vocab_size = config.vocab_size
         num_draft_tok = draft.num_draft_tok if draft else 0
-        decoder = Decoder(model, self.context_tokens + num_draft_tok + 1)
+        decoder = _decoder(model, self.context_tokens + num_draft_tok + 1, plain=hasattr(draft, "propose_tree"))
         cache = KVCache(config, blocks + 1, block_size, decoder.device, decoder.dtype)
         self.pool = BlockPool(blocks + 1, block_size)
         self.scheduler = Scheduler(
@@ -76,9 +86,26 @@ class Engine:
             num_draft_tok=num_draft_tok,
             prefix_caching=prefix_caching,
         )
-        self.runner = Runner(decoder, cache, max_batch_size=max_batch_size, draft=draft)
+        self.runner = self._runner(decoder, cache, max_batch_size, draft)
         self.counts = SpecCounts(accepted_per_pos=[0] * num_draft_tok)
         self._seqs: dict[str, Sequence] = {}
+
+    def _runner(self, decoder: Decoder, cache: KVCache, max_batch_size: int, draft: DraftModel | None) -> Runner:
+        if hasattr(draft, "propose_tree"):
+            from omr.engine.tree import TreeRunner
+
+            return TreeRunner(decoder, cache, max_batch_size=max_batch_size, draft=draft)
+        if type(decoder) is Decoder:
+            return Runner(decoder, cache, max_batch_size=max_batch_size, draft=draft)
+        from omr.engine.graphs import GraphRunner
+
+        return GraphRunner(
+            decoder, cache, max_batch_size=max_batch_size, draft=draft, context_tokens=self.context_tokens
+        )
+
+    def warm_up(self) -> None:
+        """Do now what the first requests would wait for: on CUDA, capture the graphs."""
+        self.runner.warm_up()
 
     @property
     def num_unfinished(self) -> int:

@@ -106,6 +106,8 @@ class Sequence:
         self.blocks: list[int] = []
         self.block_keys: list[int] = []
         """Content ids of the leading full blocks, for reuse by other sequences."""
+        self.admission = 0
+        """Number of its latest admission, never used twice: it names the sequence with its row and blocks."""
         self.row = -1
         """Row of the runner's per-sequence buffers, -1 while waiting."""
         self.decoding = False

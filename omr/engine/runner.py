@@ -45,7 +45,10 @@ class Runner:
         self.vocab_size = decoder.config.vocab_size
         # Final-norm state at the position that predicted each row's newest token; the drafter starts from it.
         self.hidden = torch.zeros(max_batch_size, decoder.config.hidden_size, dtype=decoder.dtype, device=self.device)
-        self._laws: dict[int, tuple[list[str], sampler.Law]] = {}
+        self._laws: dict[int, tuple[list[int], sampler.Law]] = {}
+
+    def warm_up(self) -> None:
+        """Nothing to do here."""
 
     @torch.inference_mode()
     def prefill(self, chunks: list[Chunk]) -> list[Drawn]:
@@ -158,10 +161,10 @@ class Runner:
 
     def _law(self, seqs: list[Sequence], new: int) -> sampler.Law:
         """The batch's Law, built again only when its members change."""
-        ids = [seq.id for seq in seqs]
+        members = [seq.admission for seq in seqs]
         known = self._laws.get(new)
-        if known is None or known[0] != ids:
-            known = self._laws[new] = (ids, sampler.Law.of(seqs, new, self.vocab_size, self.device))
+        if known is None or known[0] != members:
+            known = self._laws[new] = (members, sampler.Law.of(seqs, new, self.vocab_size, self.device))
         return known[1]
 
     def _slots(self, seq: Sequence, start: int, end: int) -> list[int]:

@@ -144,7 +144,7 @@ def _rank_floor(probs: torch.Tensor, law: Law) -> torch.Tensor:
             kept = (mass - ranked < wanted).sum(-1, keepdim=True)  # the first always is
             enough = (mass[:, -1:] >= wanted) | (law.top_p >= 1)
             if width == vocab or bool((enough & ((law.top_k <= width) | (law.top_k >= vocab))).all()):
-                p_floor = torch.where(law.top_p < 1, ranked.gather(-1, kept.clamp(max=width) - 1), 0.0)
+                p_floor = torch.where(law.top_p < 1, ranked.gather(-1, kept.clamp(1, width) - 1), 0.0)
                 return torch.maximum(k_floor, p_floor)
         width = vocab
 

@@ -54,6 +54,7 @@ class Scheduler:
         """In order of admission."""
         self._rows = list(range(max_batch_size - 1, -1, -1))
         self._just_prefilled = False
+        self._admissions = 0
         self.num_preempted = 0
 
     def schedule(self) -> Prefill | Decode | None:
@@ -91,6 +92,8 @@ class Scheduler:
             seq.num_computed = len(shared) * self.pool.block_size
             seq.num_cached = min(seq.num_computed, seq.num_prompt)
             seq.row = self._rows.pop()
+            self._admissions += 1
+            seq.admission = self._admissions
             self.running.append(seq)
             chunks.append(Chunk(seq=seq, length=min(budget, len(seq.tokens) - seq.num_computed)))
             budget -= chunks[-1].length

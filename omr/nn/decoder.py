@@ -20,6 +20,7 @@ from torch import nn
 
 from omr.nn import rope
 from omr.nn.linear import fuse
+from omr.nn.paged import KVCache
 from omr.nn.transformer import DecoderLayer, RMSNorm, Transformer
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -28,7 +29,10 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 class Batch(Protocol):
     """What a step attends to: see omr.nn.paged."""
 
-    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor: ...
+    cache: KVCache
+    slots: torch.Tensor
+
+    def attend(self, layer: int, qkv: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
 class FusedLayer:
@@ -40,6 +44,8 @@ class FusedLayer:
         self.o = attention.o_proj
         self.gate_up = fuse([mlp.gate_proj, mlp.up_proj])
         self.down = mlp.down_proj
+        self.input_norm_weight = layer.input_layernorm.weight.detach()
+        self.post_norm_weight = layer.post_attention_layernorm.weight.detach()
         self.norm = norm_of(layer.input_layernorm)
         self.post_norm = norm_of(layer.post_attention_layernorm)
         self.run_qkv, self.run_gate_up = product(self.qkv), product(self.gate_up)
@@ -77,6 +83,7 @@ class Decoder:
             rotated = qkv[:, : heads * dim].view(-1, heads, dim)
             flat = rotated if layer.head_norm is None else layer.head_norm(rotated)
             torch.addcmul(flat * cos, flat.roll(dim // 2, -1), sin, out=rotated)
+            batch.cache.store(index, batch.slots, qkv)
             x = layer.add_o(x, batch.attend(index, qkv))
             gate, up = layer.run_gate_up(layer.post_norm(x)).chunk(2, -1)
             x = layer.add_down(x, F.silu(gate).mul_(up))

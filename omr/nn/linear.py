@@ -5,16 +5,16 @@ All compute y = x W^T + b with W the dequantised weight; they differ in what is 
     class        stored                        CPU                                   CUDA
     Fp8Linear    E4M3, scale per tensor or     W dequantised once; x rounded to      E4M3 x E4M3 product
                  row, static input scale       E4M3 at the input scale each call     (torch._scaled_mm)
-    Int8Linear   int8, scale per row           float32: W dequantised once           W dequantised each call
-                                               bf16: int8 product up to 8 rows,
-                                               else W dequantised each call
+    Int8Linear   int8, scale per row           float32: W dequantised once           int8 product up to 64
+                                               bf16: int8 product up to 8 rows,      rows, else W dequantised
+                                               else W dequantised each call          each call
     GroupLinear  4 or 8 bits, scale per group  W dequantised once                    W dequantised once
 
 The E4M3 cast is scalar code on CPU and an FP8 product through it is 60 to 190 times slower than bf16, so the CPU
 keeps the dequantised weight: the numbers are those of FP8 arithmetic with a wide accumulator, the memory is not.
-torch's int8 product is fast for bf16 activations only (in float32 it is 8 to 40 times slower than the dense product), and
-reads past the end of rows that are not a multiple of 16 long.
-Rounding x on CPU does not go through the cast either: `round_e4m3` rounds in float32 arithmetic, exactly.
+torch's int8 product is fast for bf16 activations only (in float32 it is 8 to 40 times slower than the dense product),
+and reads past the end of rows that are not a multiple of 16 long. Rounding x on CPU does not go through the cast
+either: `round_e4m3` rounds in float32 arithmetic, exactly.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 E4M3_MAX = 448.0
+
+
+def to_e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x / scale in E4M3, clamped to its range."""
+    return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def round_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -76,10 +81,6 @@ class Fp8Linear(QuantLinear):
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self._dequantised(self.weight, dtype) if self.product else self.weight.to(dtype)
 
-    def quantise_input(self, x: torch.Tensor) -> torch.Tensor:
-        """x / input_scale in E4M3."""
-        return (x.float() / self.input_scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.input_scale is None:
             return F.linear(x, self.weight, self.bias)
@@ -87,7 +88,7 @@ class Fp8Linear(QuantLinear):
             rounded = round_e4m3(x.float() / self.input_scale).mul_(self.input_scale)
             return F.linear(rounded.to(x.dtype), self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
-        return self.multiply(self.quantise_input(flat)).view(*x.shape[:-1], self.out_features)
+        return self.multiply(to_e4m3(flat, self.input_scale)).view(*x.shape[:-1], self.out_features)
 
     def multiply(self, x8: torch.Tensor) -> torch.Tensor:
         """x8 (M, K) E4M3, already divided by the input scale, times the weight: (M, N) in the layer's dtype."""
@@ -103,6 +104,7 @@ class Int8Linear(QuantLinear):
     """int8 weight (N, K) with one scale per row; activations stay in the model's dtype."""
 
     MAX_PACKED_ROWS = 8
+    MAX_KERNEL_ROWS = 64
 
     def __init__(
         self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
@@ -120,6 +122,10 @@ class Int8Linear(QuantLinear):
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
+        if x.is_cuda and flat.shape[0] <= self.MAX_KERNEL_ROWS:
+            from omr.nn.kernels import int8_linear  # Triton is there with CUDA builds of torch only
+
+            return int8_linear(flat, self.weight, self.scale, self.bias).view(*x.shape[:-1], self.out_features)
         if x.is_cuda or flat.shape[0] > self.MAX_PACKED_ROWS or self.in_features % 16:
             return F.linear(x, self.dense(x.dtype), self.bias)
         out = torch._weight_int8pack_mm(flat, self.weight, self.scale)

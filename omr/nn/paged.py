@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from omr.nn.config import DecoderConfig
+from omr.nn.linear import to_e4m3
 
 NULL_BLOCK = 0
 
@@ -39,7 +40,12 @@ class KVCache:
         self.data = torch.zeros(shape, device=device, dtype=dtype)
         self.layers = list(self.data)
         """One (slots, 2 * Hkv * D) view per layer."""
+        self.first_key = self.num_heads * self.head_dim
         self.blocks = [layer.view(num_blocks, block_size * self.width) for layer in self.layers]
+
+    def store(self, layer: int, slots: torch.Tensor, qkv: torch.Tensor) -> None:
+        """Write the keys and values of qkv (T, (Hq + 2 Hkv) * D) to slots (T,) int64."""
+        self.layers[layer].index_copy_(0, slots, qkv[:, self.first_key :])
 
     @property
     def cache_bytes(self) -> int:
@@ -66,13 +72,12 @@ class Ragged:
     """Where the new tokens are written, (T,) int64."""
     parts: list[Part]
 
-    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """qkv (T, (Hq + 2 Hkv) * D), positions already rotated -> (T, Hq * D). Writes the cache first."""
+    def attend(self, layer: int, qkv: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """qkv (T, (Hq + 2 Hkv) * D), rotated and stored -> (T, Hq * D); in E4M3 over `scale` when that is given."""
         cache = self.cache
         dim, num_kv = cache.head_dim, cache.num_kv_heads
         width = cache.num_heads * dim
         kv = qkv[:, width:]
-        cache.layers[layer].index_copy_(0, self.slots, kv)
         out = qkv.new_empty(qkv.shape[0], width)
         for part in self.parts:
             rows = slice(part.start, part.start + part.length)
@@ -82,11 +87,14 @@ class Ragged:
             if part.context:
                 total = part.context + part.length
                 mask = torch.ones(part.length, total, dtype=torch.bool, device=q.device).tril(part.context)
+                group = cache.num_heads // num_kv
+                if q.is_cuda and group > 1:  # no fused CUDA kernel takes both a mask and shared key heads
+                    seen = seen.repeat_interleave(group, 2)
                 got = F.scaled_dot_product_attention(q, seen[0], seen[1], attn_mask=mask, enable_gqa=True)
             else:
                 got = F.scaled_dot_product_attention(q, seen[0], seen[1], is_causal=True, enable_gqa=True)
             out[rows] = got.transpose(1, 2).reshape(part.length, width)
-        return out
+        return out if scale is None else to_e4m3(out, scale)
 
 
 class Padded:
@@ -114,12 +122,15 @@ class Padded:
                 mask = mask.unsqueeze(2).expand(-1, -1, group, -1, -1).reshape(self.batch, 1, -1, self.total)
             self.mask = mask
 
-    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """qkv (B * Q, (Hq + 2 Hkv) * D), positions already rotated -> (B * Q, Hq * D). Writes the cache first."""
+    def attend(self, layer: int, qkv: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """qkv (B * Q, (Hq + 2 Hkv) * D), rotated and stored -> (B * Q, Hq * D); in E4M3 over `scale` if given."""
+        out = self._attend(layer, qkv)
+        return out if scale is None else to_e4m3(out, scale)
+
+    def _attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         cache, batch, new = self.cache, self.batch, self.new
         dim, num_kv = cache.head_dim, cache.num_kv_heads
         width = cache.num_heads * dim
-        cache.layers[layer].index_copy_(0, self.slots, qkv[:, width:])
         seen = cache.blocks[layer].index_select(0, self.blocks).view(batch, -1, 2, num_kv, dim)[:, : self.total]
         k, v = seen.permute(2, 0, 3, 1, 4)  # (B, Hkv, L, D) each
         q = qkv[:, :width]
