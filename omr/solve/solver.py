@@ -18,8 +18,9 @@ from statistics import fmean
 from omr.errors import Failure
 from omr.sampling import Sampling
 from omr.sandbox import SandboxClient
+from omr.solve.completer import Completer
 from omr.solve.prompt import CodeTags
-from omr.solve.transcript import Completer, Limits, Transcript
+from omr.solve.transcript import Limits, Transcript
 from omr.solve.vote import Ballot, Result, StopPolicy, TimeBank, majority
 
 

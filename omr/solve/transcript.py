@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from omr.errors import ContextOverflow, OmrError, RequestError
 from omr.sampling import Sampling
 from omr.sandbox import Outcome, SandboxClient, Session
 from omr.solve.answer import last_boxed
+from omr.solve.completer import Completer, round_seed
 from omr.solve.prompt import CodeTags, remaining_notice
+from omr.solve.repetition import CHECK_CHARS, CodeRuns, is_loop
 
 Finish = Literal["stop", "length", "time", "code_limit", "repetition", "boxed", "error", "cancelled"]
 """stop: the model ended its turn. length: tokens or context ran out. time: seconds ran out. code_limit: it wrote a call
@@ -38,30 +40,7 @@ MAX_DROPS = 3
 """Streams that may drop in a row without a new token before the generation is given up."""
 MAX_STRAY_STOPS = 16
 """End tags without a begin (an ordinary fence in Markdown) that are passed over."""
-REPEATS, REPEAT_CHARS = 20, 2000
-"""A tail of so many characters made of at least so many equal periods is a loop."""
-REPEATED_CODE = 3
-"""The same block with the same output so many times in a row is a loop."""
 OUTPUT_CUT = "<output cut>"
-
-
-class Streaming(Protocol):
-    """What the loop needs of `omr.client.Chunk`."""
-
-    text: str
-    num_tokens: int
-    finish_reason: str | None
-    stop_reason: Any
-    time: float
-    """time.perf_counter() when it arrived."""
-
-
-class Completer(Protocol):
-    """What the loop needs of `omr.client.Client`. Closing the generator cancels the request on the server."""
-
-    def stream_completion(
-        self, prompt: str, sampling: Sampling, *, stop: list[str], max_tokens: int, seed: int
-    ) -> AsyncGenerator[Any, None]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +110,7 @@ class Transcript:
     _clock: float = 0.0
     _session: Session | None = None
     _checked: int = 0
-    _last_code: tuple[str, str] = ("", "")
-    _same_code: int = 0
+    _ran: CodeRuns = field(default_factory=CodeRuns)
 
     @property
     def answer(self) -> str | None:
@@ -300,7 +278,7 @@ class Transcript:
             if tags is None or written.count(tags.begin) <= written.count(tags.end):
                 return "boxed"
         self._checked += len(new)
-        if self.limits.stop_on_repetition and self._checked >= 512:
+        if self.limits.stop_on_repetition and self._checked >= CHECK_CHARS:
             self._checked = 0
             if is_loop("".join(pieces)):
                 return "repetition"
@@ -370,10 +348,7 @@ class Transcript:
             }
         )
         self.events.append({"type": "output", "text": block, "tokens": tokens})
-        ran = (code.strip(), stdout + stderr)
-        self._same_code = self._same_code + 1 if ran == self._last_code else 1
-        self._last_code = ran
-        return not (self.limits.stop_on_repetition and self._same_code >= REPEATED_CODE)
+        return not (self._ran.is_loop(code, stdout + stderr) and self.limits.stop_on_repetition)
 
     def _printable(self, output: str) -> str:
         """Output within the limit that any tokenizer and file can take: no NUL, no lone surrogate."""
@@ -406,22 +381,6 @@ class Transcript:
             "ttft_s": self.ttft_s,
             "tpot_s": self.tpot_s,
         } | ({"error": self.error} if self.error else {})
-
-
-def round_seed(seed: int, round_index: int) -> int:
-    """Seed of a generation's requests: its own for the first, others derived: no round replays another's draws."""
-    return seed if round_index == 0 else (seed * 1_000_003 + round_index * 7_919_317) % 2**31
-
-
-def is_loop(text: str) -> bool:
-    """Whether `text` ends in at least REPEATS equal periods that fill REPEAT_CHARS characters."""
-    if len(text) < REPEAT_CHARS:
-        return False
-    tail = text[-REPEAT_CHARS:]
-    probe = tail[-16:]
-    before = tail.rfind(probe, 0, len(tail) - 1)
-    period = len(tail) - 16 - before
-    return before >= 0 and period * REPEATS <= REPEAT_CHARS and tail[period:] == tail[:-period]
 
 
 async def _close(session: Session) -> None:

@@ -14,9 +14,7 @@ from omr.solve.prompt import CODE_TAGS, PROMPTS, prompt_named, remaining_notice,
 
 def test_generic_math_wording() -> None:
     (turn,) = prompt_named("generic/math").messages("1+1?")
-    wording = (
-        "Solve the following math problem. Make sure to put the answer (and only answer) inside \\boxed{}."
-    )
+    wording = "Solve the following math problem. Make sure to put the answer (and only answer) inside \\boxed{}."
     assert turn == {"role": "user", "content": f"{wording}\n\n1+1?"}
 
 

@@ -10,8 +10,10 @@ import pytest
 from omr.errors import ConfigError, ContextOverflow, RequestError, StreamDropped
 from omr.sampling import Sampling
 from omr.sandbox import Outcome
+from omr.solve.completer import round_seed
 from omr.solve.prompt import tags_named
-from omr.solve.transcript import Limits, Transcript, is_loop, round_seed
+from omr.solve.repetition import is_loop
+from omr.solve.transcript import Limits, Transcript
 
 from .scripted import Reply, Request, SandboxDied, ScriptedClient, ScriptedSandbox
 

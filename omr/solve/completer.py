@@ -1,0 +1,35 @@
+"""What solving needs of a server: text completions that stream, that can be cancelled, and that a seed makes repeatable.
+
+`omr.client.Client` is one; tests have others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+from omr.sampling import Sampling
+
+
+class Streaming(Protocol):
+    """A piece of a stream; see `omr.client.Chunk`."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str | None
+    stop_reason: Any
+    time: float
+    """time.perf_counter() when it arrived."""
+
+
+class Completer(Protocol):
+    """Closing the generator cancels the request on the server."""
+
+    def stream_completion(
+        self, prompt: str, sampling: Sampling, *, stop: list[str], max_tokens: int, seed: int
+    ) -> AsyncGenerator[Any, None]: ...
+
+
+def round_seed(seed: int, round_index: int) -> int:
+    """Seed of a generation's requests: its own for the first, others derived: no round replays another's draws."""
+    return seed if round_index == 0 else (seed * 1_000_003 + round_index * 7_919_317) % 2**31
