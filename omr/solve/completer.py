@@ -1,4 +1,4 @@
-"""What solving needs of a server: text completions that stream, that can be cancelled, and that a seed makes repeatable.
+"""What solving needs of a server: completions that stream, that can be cancelled, and that a seed makes repeatable.
 
 `omr.client.Client` is one; tests have others.
 """
@@ -6,20 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from omr.sampling import Sampling
 
-
-class Streaming(Protocol):
-    """A piece of a stream; see `omr.client.Chunk`."""
-
-    text: str
-    num_tokens: int
-    finish_reason: str | None
-    stop_reason: Any
-    time: float
-    """time.perf_counter() when it arrived."""
+if TYPE_CHECKING:
+    from omr.client import Chunk
 
 
 class Completer(Protocol):
@@ -27,7 +19,7 @@ class Completer(Protocol):
 
     def stream_completion(
         self, prompt: str, sampling: Sampling, *, stop: list[str], max_tokens: int, seed: int
-    ) -> AsyncGenerator[Any, None]: ...
+    ) -> AsyncGenerator[Chunk, None]: ...
 
 
 def round_seed(seed: int, round_index: int) -> int:
