@@ -22,6 +22,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
+from omr.errors import ConfigError
+
 Z95 = NormalDist().inv_cdf(0.975)
 MAX_SUBSETS = 1000
 """Up to so many k-subsets are enumerated for maj@k; beyond, as many are drawn."""
@@ -126,7 +128,8 @@ class Comparison:
     mean_b: float
     difference: float
     interval: Interval
-    """Paired bootstrap over problems, 95 %."""
+    """Paired bootstrap over problems, 95 %, at least 3/n to either side: runs that agree on all of 30 problems may
+    still differ on one in ten (the rule of three), which a bootstrap of zeros cannot know."""
     only_a: int
     """Problems on which A's vote is right and B's is wrong."""
     only_b: int
@@ -163,19 +166,22 @@ def compare(
 ) -> Comparison:
     """Compare two runs problem by problem. `scores` are mean correctness, `votes` whether the voted answer is right.
 
-    All four are in one order of problems. Raises ValueError for empty or unequal lengths.
+    All four are in one order of problems. Raises ConfigError for no problems.
     """
-    if not len(scores_a) == len(scores_b) == len(votes_a) == len(votes_b) or not scores_a:
-        raise ValueError("a paired comparison needs the same problems, at least one, from both runs")
+    assert len(scores_a) == len(scores_b) == len(votes_a) == len(votes_b)
+    if not scores_a:
+        raise ConfigError("the runs cannot be compared: they have no graded problem in common")
     differences = [b - a for a, b in zip(scores_a, scores_b, strict=True)]
-    interval = bootstrap_mean(differences, seed=seed)
+    n, mean = len(differences), fmean(differences)
+    drawn = bootstrap_mean(differences, seed=seed)
+    interval = Interval(max(-1.0, min(drawn.low, mean - 3 / n)), min(1.0, max(drawn.high, mean + 3 / n)))
     only_a = sum(a and not b for a, b in zip(votes_a, votes_b, strict=True))
     only_b = sum(b and not a for a, b in zip(votes_a, votes_b, strict=True))
     return Comparison(
-        problems=len(differences),
+        problems=n,
         mean_a=fmean(scores_a),
         mean_b=fmean(scores_b),
-        difference=fmean(differences),
+        difference=mean,
         interval=interval,
         only_a=only_a,
         only_b=only_b,

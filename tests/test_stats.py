@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from omr import stats
+from omr.errors import ConfigError
 
 
 @given(st.integers(1, 9), st.data())
@@ -92,6 +93,8 @@ def test_a_run_is_not_inferior_to_itself_but_a_small_set_says_so_little() -> Non
     a = [rng.random() < 0.8 for _ in range(2000)]
     same = stats.paired(run_of(a), run_of(a))
     assert same.not_inferior and same.mcnemar_p == 1 and same.difference == 0
+    agreeing = stats.paired(run_of(a[:60]), run_of(a[:60]))
+    assert not agreeing.not_inferior and str(agreeing.interval) == "[-5.0, 5.0]"
     few = stats.paired(run_of([True, False] * 15), run_of([True, True, False, False] * 7 + [True, False]))
     assert not few.not_inferior and "too few problems to tell" in few.verdict and few.detectable > 0.1
 
@@ -113,7 +116,7 @@ def test_comparisons_are_over_shared_problems_and_swap_signs() -> None:
     assert one.problems == other.problems == 3
     assert one.difference == pytest.approx(-other.difference)
     assert (one.only_a, one.only_b) == (other.only_b, other.only_a)
-    with pytest.raises(ValueError, match="same problems"):
+    with pytest.raises(ConfigError, match="no graded problem in common"):
         stats.paired({}, b)
 
 
