@@ -13,7 +13,7 @@ The numbers differ from `draft_chain` by rounding only. Nothing here depends on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +21,30 @@ from torch import Tensor
 
 from omr.drafter import DraftModel
 from omr.nn.draft_tree import Tree, beam_search, pack
+from omr.nn.eight_bit import eight_bit
 from omr.nn.redrafter import Redrafter
 
+Product = Callable[[Tensor], Tensor]
+Add = Callable[[Tensor, Tensor], Tensor]
 TABLE_ELEMENTS = 2**25
 """Largest table kept, in elements (128 MiB of float32)."""
 
 
-def draft_model(head: Redrafter, embedding: Tensor, num_draft_tok: int, num_beams: int = 1) -> DraftModel:
-    """The fastest proposer for this head on its device; with several beams a TreeDraftModel."""
-    if num_beams > 1:
-        return BeamTree(head, embedding, num_draft_tok, num_beams)
-    if embedding.device.type == "cpu" and embedding.numel() <= TABLE_ELEMENTS:
-        return TabulatedChain(head, embedding, num_draft_tok)
-    return Chain(head, embedding, num_draft_tok)
+def draft_model(
+    head: Redrafter, embedding: Tensor, num_draft_tok: int, *, num_beams: int = 1, in_eight_bit: bool = False
+) -> DraftModel:
+    """The fastest proposer for this head on its device; with several beams a TreeDraftModel.
+
+    `in_eight_bit` runs blocks and output matrix in 8 bits (omr.nn.eight_bit). `head` may be changed by this.
+    """
+    tabulated = embedding.device.type == "cpu" and embedding.numel() <= TABLE_ELEMENTS
+    if num_beams == 1 and tabulated:
+        return TabulatedChain(head, embedding, num_draft_tok, in_eight_bit=in_eight_bit)
+    if in_eight_bit:
+        head.to_eight_bit()
+    if num_beams == 1:
+        return Chain(head, embedding, num_draft_tok)
+    return BeamTree(head, embedding, num_draft_tok, num_beams)
 
 
 class Chain:
@@ -72,61 +83,68 @@ class TabulatedChain:
 
     needs_hidden = True
 
-    def __init__(self, head: Redrafter, embedding: Tensor, num_draft_tok: int) -> None:
+    def __init__(self, head: Redrafter, embedding: Tensor, num_draft_tok: int, *, in_eight_bit: bool = False) -> None:
         self.num_draft_tok = num_draft_tok
         self.hidden_size = h = head.config.hidden_size
-        self.recurrent = head.rnn_u is not None
+        self.eight = in_eight_bit
         with torch.inference_mode():
             self.term = head.embed_term(embedding.to(next(head.parameters()).dtype))
+            self.recurrent: Add | None = None
+            self.first_state = self.term
             if head.rnn_u is not None:
                 self.term = self.term + head.rnn_u.bias
-                self.state_weight = head.rnn_u.weight.T.contiguous()
-            self.first_state = F.silu(self.term) if self.recurrent else self.term
-            linears = head.linears
+                self.first_state = F.silu(self.term)
+                self.recurrent = self._add(head.rnn_u.weight)
             self.projects = head.input_proj is not None
-            self.first_context: Tensor | None = None
-            if linears:
-                self.first_bias = linears[0].bias.clone()
-                self.first_context = linears[0].weight[:, :h].T.contiguous()
-                self.first_inner = linears[0].weight[:, h:].T.contiguous()
-            self.blocks = [(linear.weight.T.contiguous(), linear.bias.clone()) for linear in linears[1:]]
-            self.out = head.head
+            self.context_part: Product | None = None
+            if linears := head.linears:
+                self.context_part = self._product(linears[0].weight[:, :h], linears[0].bias)
+                self.state_part = self._add(linears[0].weight[:, h:])
+            self.blocks = [self._product(linear.weight, linear.bias) for linear in linears[1:]]
+            self.out = head.head.products(eight_bit if in_eight_bit else None)
             self.table = head.draft_tokens
+
+    def _product(self, weight: Tensor, bias: Tensor) -> Product:
+        """x -> x W^T + b"""
+        if self.eight:
+            run: Product = eight_bit(weight, bias).forward
+            return run
+        turned, shift = weight.detach().T.contiguous(), bias.detach().clone()
+        return lambda x: torch.addmm(shift, x, turned)
+
+    def _add(self, weight: Tensor) -> Add:
+        """(y, x) -> y + x W^T"""
+        if self.eight:
+            run: Product = eight_bit(weight, None).forward
+            return lambda y, x: run(x).add_(y)
+        turned = weight.detach().T.contiguous()
+        return lambda y, x: torch.addmm(y, x, turned)
 
     @torch.inference_mode()
     def propose(self, hidden: Tensor | None, tokens: Tensor, history: Sequence[Sequence[int]] | None) -> Tensor:
         """See DraftModel."""
         assert hidden is not None, "ReDrafter reads the target's hidden state"
-        batch, h = hidden.shape
-        drafts = torch.empty(batch, self.num_draft_tok, dtype=torch.int64)
-        start = None
-        if self.first_context is not None:
-            start = torch.addmm(self.first_bias, hidden, self.first_context)
-        x = hidden.new_empty(batch, 2 * h)
-        x[:, :h] = hidden
+        h = self.hidden_size
+        drafts = torch.empty(len(hidden), self.num_draft_tok, dtype=torch.int64)
+        start = None if self.context_part is None else self.context_part(hidden)
+        x = torch.cat([hidden, hidden], dim=1)  # [c ; s], the second half written at every step
         state, newest = self.first_state[tokens], tokens
         for k in range(self.num_draft_tok):
             if k:
                 term = self.term[newest]
-                state = F.silu(term.addmm_(state, self.state_weight)) if self.recurrent else state + term
-            y = self._features(x, state, start)
-            newest = self.out(y).argmax(-1)
+                state = state + term if self.recurrent is None else F.silu(self.recurrent(term, state), inplace=True)
+            x[:, h:] = state
+            y = x
+            if start is not None:
+                y = self.state_part(start, state)
+                if not self.projects:
+                    y = F.silu(y, inplace=True).add_(x)
+            for block in self.blocks:
+                y = F.silu(block(y), inplace=True).add_(y)
+            for product in self.out:
+                y = product(y)
+            newest = y.argmax(-1)
             if self.table is not None:
                 newest = self.table[newest]
             drafts[:, k] = newest
         return drafts
-
-    def _features(self, x: Tensor, state: Tensor, start: Tensor | None) -> Tensor:
-        if start is None:
-            x[:, self.hidden_size :] = state
-            y = x
-        else:
-            first = torch.addmm(start, state, self.first_inner)
-            if self.projects:
-                y = first
-            else:
-                x[:, self.hidden_size :] = state
-                y = F.silu(first, inplace=True).add_(x)
-        for weight, bias in self.blocks:
-            y = F.silu(torch.addmm(bias, y, weight), inplace=True).add_(y)
-        return y

@@ -13,9 +13,14 @@ Any of them can be restricted to a draft vocabulary of D < V tokens. The loss ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Product = Callable[[Tensor], Tensor]
+Pack = Callable[[Tensor, Tensor | None], nn.Module]
 HEADS = ("full", "low_rank", "base")
 
 
@@ -31,6 +36,17 @@ class DraftHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.project(x), self.matrix)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The weights of logits = x @ parts[0].T @ parts[1].T ..., without bias."""
+        return [self.matrix]
+
+    def products(self, pack: Pack | None = None) -> list[Product]:
+        """`parts` as functions to apply in turn, float products or the layers that `pack` makes of a weight."""
+        if pack is None:
+            return [partial(F.linear, weight=part.detach()) for part in self.parts]
+        return [pack(part, None).forward for part in self.parts]
 
     def attach(self, output_matrix: Tensor) -> None:
         """Take the base's output matrix, if this head uses it."""
@@ -56,6 +72,10 @@ class LowRankHead(DraftHead):
         self.up = nn.Linear(rank, num_words, bias=False)
 
     @property
+    def parts(self) -> list[Tensor]:
+        return [self.down.weight, self.up.weight]
+
+    @property
     def matrix(self) -> Tensor:
         return self.up.weight
 
@@ -70,6 +90,10 @@ class BaseHead(DraftHead):
         self._matrix: list[Tensor] = []  # in a list, so that it is not a parameter or buffer of ours
 
     @property
+    def parts(self) -> list[Tensor]:
+        return [self.proj.weight, self.matrix]
+
+    @property
     def matrix(self) -> Tensor:
         assert self._matrix, "head=base: attach the base's output matrix first"
         return self._matrix[0]
@@ -80,6 +104,17 @@ class BaseHead(DraftHead):
     def attach(self, output_matrix: Tensor) -> None:
         weight = self.proj.weight
         self._matrix = [output_matrix.detach().to(device=weight.device, dtype=weight.dtype)]
+
+
+class PackedHead(DraftHead):
+    """A head whose products were packed (for example in 8 bits): for drafting only."""
+
+    def __init__(self, head: DraftHead, pack: Pack) -> None:
+        super().__init__()
+        self.packed = nn.Sequential(*(pack(part, None) for part in head.parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.packed(x)
 
 
 def make_head(kind: str, exit_dim: int, hidden_size: int, num_words: int, rank: int) -> DraftHead:

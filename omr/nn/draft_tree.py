@@ -58,12 +58,12 @@ def beam_search(
     W * V: nothing outside them can win while width <= KEPT_LOGITS.
     """
     assert 1 <= width <= KEPT_LOGITS, f"beam search keeps {KEPT_LOGITS} tokens a step, got {width} beams"
-    batch, h, device = len(tokens), context.shape[-1], tokens.device
+    batch, device = len(tokens), tokens.device
     table = drafter.draft_tokens
     beams = tokens.view(batch, 1, 1)
     scores = torch.zeros(batch, 1, device=device)
     steps = torch.zeros(batch, 1, 0, device=device)
-    state = drafter.first_state(batch).view(batch, 1, h)
+    state = drafter.first_state(context)[:, None]
     for _ in range(length - 1):
         term = drafter.embed_term(F.embedding(beams[:, :, -1], embedding).to(state.dtype))
         state = drafter.advance(state, term)

@@ -37,7 +37,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omr.errors import ConfigError, InputError
-from omr.nn.draft_head import HEADS, DraftHead, make_head
+from omr.nn.draft_head import HEADS, DraftHead, PackedHead, make_head
+from omr.nn.eight_bit import eight_bit
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -179,9 +180,17 @@ class Redrafter(nn.Module):
         tokens = self.draft_tokens
         self.head.attach(output_matrix if tokens is None else output_matrix[tokens])
 
-    def first_state(self, batch: int) -> Tensor:
-        weight = next(self.parameters())
-        return torch.zeros(batch, self.config.hidden_size, dtype=weight.dtype, device=weight.device)
+    def to_eight_bit(self) -> None:
+        """Run input_proj, blocks and output matrix in 8 bits from now on; such a head drafts but is not saved."""
+        if self.input_proj is not None:
+            self.input_proj = eight_bit(self.input_proj.weight, self.input_proj.bias)
+        for block in self.lm_head[:-1]:
+            block.linear = eight_bit(block.linear.weight, block.linear.bias)
+        self.lm_head[-1] = PackedHead(self.head, eight_bit)
+
+    def first_state(self, context: Tensor) -> Tensor:
+        """s_0 for contexts (..., H)."""
+        return torch.zeros_like(context)
 
     def embed_term(self, embedding: Tensor) -> Tensor:
         """What a token adds to the state: W emb, or emb itself without rnn. It depends on the token alone."""
@@ -211,7 +220,7 @@ class Redrafter(nn.Module):
 
         Equal to beam search with one beam. Static shapes, no host synchronisation: fit for a CUDA graph.
         """
-        state, newest = self.first_state(len(tokens)), tokens
+        state, newest = self.first_state(context), tokens
         table, drafts = self.draft_tokens, []
         for _ in range(num_draft_tok):
             term = self.embed_term(F.embedding(newest, embedding).to(state.dtype))

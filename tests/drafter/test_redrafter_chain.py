@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from omr.drafter._redrafter_chain import Chain, TabulatedChain, draft_model
+from omr.drafter._redrafter_chain import BeamTree, Chain, TabulatedChain, draft_model
 from omr.nn.redrafter import Redrafter, RedrafterConfig, load_redrafter
 
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
@@ -43,6 +43,22 @@ def test_tabulated_chain_is_the_chain(which: int) -> None:
     assert torch.equal(drafts, slow.propose(hidden, tokens, None))
     alone = torch.cat([fast.propose(hidden[i : i + 1], tokens[i : i + 1], None) for i in range(64)])
     assert torch.equal(drafts, alone)
+
+
+@pytest.mark.parametrize("which", range(4 + len(SHAPES)))
+def test_eight_bit_chains_draft_nearly_the_same(which: int) -> None:
+    head, golden = heads()[which], load_file(DATA / "beam_rnn2.safetensors")
+    embedding, hidden, tokens = golden["embeddings"], torch.randn(64, 32), torch.randint(128, (64,))
+    exact = Chain(head, embedding, 3).propose(hidden, tokens, None)
+    fast = TabulatedChain(head, embedding, 3, in_eight_bit=True)
+    drafts = fast.propose(hidden, tokens, None)
+    assert (drafts[:, 0] == exact[:, 0]).float().mean() > 0.8
+    alone = torch.cat([fast.propose(hidden[i : i + 1], tokens[i : i + 1], None) for i in range(64)])
+    assert torch.equal(drafts, alone), "a draft depends on its batch mates"
+    tree = draft_model(head, embedding, 3, num_beams=2, in_eight_bit=True)
+    assert isinstance(tree, BeamTree)
+    assert (tree.propose(hidden, tokens, None)[:, 0] == drafts[:, 0]).float().mean() > 0.9
+    assert tree.propose_tree(hidden, tokens).tokens.shape[0] == 64
 
 
 def test_a_drafter_of_the_golden_set_drafts_the_golden_chain() -> None:

@@ -52,7 +52,7 @@ def test_first_step(name: str, inputs: str) -> None:
     golden = load_file(DATA / f"beam_{name}.safetensors")
     drafter, context = load(name), golden[f"{inputs}.prompt_state"]
     newest = golden["embeddings"][golden[f"{inputs}.init_token"]]
-    state = drafter.advance(drafter.first_state(3), drafter.embed_term(newest))
+    state = drafter.advance(drafter.first_state(context), drafter.embed_term(newest))
     torch.testing.assert_close(state, golden[f"{inputs}.step1.state"], atol=1e-4, rtol=1e-4)
     logits = drafter.logits(context, state)
     torch.testing.assert_close(logits, golden[f"{inputs}.step1.raw_logits"], atol=1e-4, rtol=1e-4)
@@ -219,7 +219,8 @@ def test_reduced_vocabulary_drafts_and_trains_only_its_tokens(batch: dict[str, T
     chain = cut.draft_chain(batch["hidden_states"][:, 3], ids[:, 4], embeddings, 3)
     assert torch.isin(chain, tokens).all()
     logits = full.logits(
-        batch["hidden_states"][:, 3], full.advance(full.first_state(4), full.embed_term(embeddings[ids[:, 4]]))
+        batch["hidden_states"][:, 3],
+        full.advance(full.first_state(batch["hidden_states"][:, 3]), full.embed_term(embeddings[ids[:, 4]])),
     )
     outside = torch.ones(128, dtype=torch.bool).index_fill(0, tokens, False)
     assert torch.equal(chain[:, 0], logits.masked_fill(outside, -torch.inf).argmax(-1))
