@@ -30,6 +30,7 @@ class Pair:
 
     theirs: PreTrainedModel
     ours: Transformer
+    folder: Path
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         with torch.no_grad():
@@ -59,7 +60,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
                     parameter.add_(torch.randn_like(parameter) * 0.3)
         folder: Path = tmp_path_factory.mktemp(family)
         model.save_pretrained(folder)
-        built[family] = Pair(model, load(folder, device="cpu"))
+        built[family] = Pair(model, load(folder, device="cpu"), folder)
     return built
 
 

@@ -160,6 +160,20 @@ def test_tied_head_shares_the_embedding_even_when_stored(saved) -> None:
     assert model.lm_head.weight is model.embed.weight
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layout", FORMATS)
+def test_quantised_model_on_cuda_is_close_to_the_cpu(layout: str, saved) -> None:
+    _, folder = saved()
+    quantise(folder, layout)
+    ids = torch.arange(48)[None]
+    expected = (m := load(folder, device="cpu")).lm_head(m.hidden_states(ids))
+    ours = load(folder, device="cuda")
+    assert ours.dtype == torch.bfloat16
+    got = ours.lm_head(ours.hidden_states(ids.cuda())).cpu()
+    assert (got - expected).norm() / expected.norm() < 0.12
+
+
 def _truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

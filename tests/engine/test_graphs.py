@@ -1,0 +1,102 @@
+"""The engine on CUDA, steps replayed as graphs, against the engine on CPU: in float32 the tokens are the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from omr.engine.engine import Engine
+from omr.engine.request import Request
+from omr.nn.loader import load
+from omr.nn.transformer import Transformer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+VOCAB = 64
+
+
+class Hidden:
+    """A drafter on states, fit for a graph: the likeliest token, then the newest one again."""
+
+    needs_hidden = True
+    num_draft_tok = 2
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def propose(self, hidden: torch.Tensor, tokens: torch.Tensor, history: None) -> torch.Tensor:
+        likeliest = self.model.lm_head(hidden + self.model.embed(tokens)).argmax(-1)
+        return torch.stack([likeliest, tokens], 1)
+
+
+class Known:
+    """A drafter on the host that knows the texts; a fifth of its tokens are spoilt."""
+
+    needs_hidden = False
+    num_draft_tok = 3
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self.texts, self.rng = texts, random.Random(0)
+
+    def propose(self, hidden: None, tokens: torch.Tensor, history: Sequence[Sequence[int]]) -> torch.Tensor:
+        drafts = []
+        for text in map(list, history):
+            whole = next((t for t in self.texts if t[: len(text)] == text), text)
+            draft = (whole[len(text) :] + [0] * 3)[:3]
+            drafts.append([(t + 1) % VOCAB if self.rng.random() < 0.2 else t for t in draft])
+        return torch.tensor(drafts, device=tokens.device)
+
+
+def requests(count: int) -> list[Request]:
+    rng = random.Random(1)
+    made = []
+    for i in range(count):
+        knobs = {"temperature": rng.choice([0.0, 0.0, 0.8, 1.2]), "top_k": rng.choice([0, 0, 7])}
+        knobs |= {"top_p": rng.choice([1.0, 0.85]), "min_p": rng.choice([0.0, 0.0, 0.05]), "seed": i}
+        if i % 7 == 3:
+            knobs |= {"repetition_penalty": 1.2, "presence_penalty": 0.2}
+        if i % 5 == 4:
+            knobs |= {"logprobs": 2}
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 50))]
+        made.append(Request(id=f"r{i}", prompt_ids=prompt, max_tokens=rng.randint(1, 30), **knobs))
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("drafter", ["none", "hidden", "known"])
+def test_tokens_are_those_of_the_cpu(family: str, drafter: str, pairs, run) -> None:
+    asked = requests(20)
+    shape = {"max_batch_size": 6, "kv_cache_tokens": 320, "block_size": 4, "prefill_tokens": 64}
+    expected = run(Engine(pairs[family].ours, **shape), asked)
+    model = load(pairs[family].folder, device="cuda", dtype=torch.float32)
+    texts = [r.prompt_ids + expected[r.id].tokens for r in asked]
+    draft = {"none": None, "hidden": Hidden(model), "known": Known(texts)}[drafter]
+    engine = Engine(model, draft=draft, **shape)
+    got = run(engine, asked)
+    assert {n: d.tokens for n, d in got.items()} == {n: d.tokens for n, d in expected.items()}
+    if drafter == "known":
+        assert engine.counts.accepted_tokens > engine.counts.draft_tokens / 3
+    assert len(engine.runner._graphs) > 1
+
+
+def test_warming_up_disturbs_nothing(pair, run) -> None:
+    asked = [Request(id=str(i), prompt_ids=[i + 1, 2, 3], max_tokens=20, seed=i, temperature=i / 4) for i in range(5)]
+    expected = run(Engine(pair.ours, max_batch_size=5, kv_cache_tokens=320, block_size=4), asked)
+    model = load(pair.folder, device="cuda", dtype=torch.float32)
+    engine = Engine(model, max_batch_size=5, kv_cache_tokens=320, block_size=4)
+    engine.add(asked[0])
+    head = engine.step()[0].token_ids
+    engine.warm_up()
+    captured = len(engine.runner._graphs)
+    assert captured == 2 * 4
+    while engine.num_unfinished:
+        head += engine.step()[0].token_ids
+    assert head == expected["0"].tokens
+    got = run(engine, asked)
+    assert {n: d.tokens for n, d in got.items()} == {n: d.tokens for n, d in expected.items()}
+    assert len(engine.runner._graphs) == captured

@@ -1,0 +1,113 @@
+"""Triton kernels against float64 on the same inputs, outputs poisoned first."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from omr.nn import rope
+from omr.nn.linear import to_e4m3
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+if importlib.util.find_spec("triton"):
+    from omr.nn import kernels
+
+DTYPES = {"float32": (torch.float32, 1e-5), "bfloat16": (torch.bfloat16, 1e-2), "float16": (torch.float16, 2e-3)}
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+    error = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+    assert error < bound, f"relative error {error:.2e}"
+
+
+@pytest.fixture(params=sorted(DTYPES))
+def kind(request: pytest.FixtureRequest) -> tuple[torch.dtype, float]:
+    """Also fills the allocator's free memory with NaN: an element that a kernel does not write shows."""
+    poison = torch.full((1 << 22,), float("nan"), device="cuda")
+    del poison
+    return DTYPES[request.param]
+
+
+@pytest.mark.parametrize("size", [96, 576, 5120])
+def test_add_norm(kind, size: int) -> None:
+    dtype, bound = kind
+    x, delta = torch.randn(7, size, device="cuda").to(dtype), torch.randn(7, size, device="cuda").to(dtype)
+    weight = torch.randn(size, device="cuda").to(dtype)
+    total = x + delta
+    wide = total.double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    got = kernels.add_norm(x, delta, weight, 1e-6, None)
+    close(got, expected, bound)
+    assert torch.equal(x, total)
+    close(kernels.add_norm(total.clone(), None, weight, 1e-6, None), expected, bound)
+    scale = torch.tensor([0.015], device="cuda")
+    eight = kernels.add_norm(total.clone(), None, weight, 1e-6, scale)
+    assert (eight.float() != to_e4m3(got, scale).float()).float().mean() < 1e-3
+
+
+def test_silu_mul(kind) -> None:
+    dtype, bound = kind
+    gate_up = torch.randn(5, 2 * 1300, device="cuda").to(dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    got = kernels.silu_mul(gate_up, None)
+    close(got, torch.nn.functional.silu(gate) * up, bound)
+    scale = torch.tensor([0.01], device="cuda")
+    eight = kernels.silu_mul(gate_up, scale).float()
+    assert (eight != to_e4m3(got, scale).float()).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33, 64])
+@pytest.mark.parametrize("shape", [(70, 200), (4608, 576)])
+def test_int8_linear(kind, rows: int, shape: tuple[int, int]) -> None:
+    dtype, bound = kind
+    x = torch.randn(rows, shape[1], device="cuda").to(dtype)
+    weight = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
+    scale, bias = (torch.rand(shape[0], device="cuda") / 100).to(dtype), torch.randn(shape[0], device="cuda").to(dtype)
+    expected = x.double() @ (weight.double() * scale.double()[:, None]).t()
+    close(kernels.int8_linear(x, weight, scale, None), expected, bound)
+    close(kernels.int8_linear(x, weight, scale, bias), expected + bias.double(), bound)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (40, 8, 128), (6, 2, 32), (4, 4, 80)])
+@pytest.mark.parametrize(("batch", "new"), [(1, 1), (3, 1), (2, 4), (33, 2), (1, 8)])
+def test_rotation_cache_and_attention(kind, heads: int, kv_heads: int, dim: int, batch: int, new: int) -> None:
+    dtype, bound = kind
+    block_size, width = 16, 80
+    torch.manual_seed(batch * new)
+    cache = torch.randn(batch * width * block_size + block_size, 2 * kv_heads * dim, device="cuda").to(dtype)
+    tables = (torch.randperm(batch * width, device="cuda") + 1).view(batch, width).int()
+    starts = torch.randint(0, width * block_size - new, (batch,), device="cuda")
+    starts[0] = 0
+    positions, slots = kernels.place(starts, tables, new, block_size)
+    assert torch.equal(positions, (starts[:, None] + torch.arange(new, device="cuda")).flatten())
+    sequence = torch.arange(batch, device="cuda").repeat_interleave(new)
+    blocks = tables[sequence, positions // block_size].long()
+    assert torch.equal(slots, blocks * block_size + positions % block_size)
+
+    qkv = torch.randn(batch * new, (heads + 2 * kv_heads) * dim, device="cuda").to(dtype)
+    head_weight = torch.randn(heads + kv_heads, dim, device="cuda").to(dtype)
+    angle = torch.outer(torch.arange(width * block_size), 1e4 ** -(torch.arange(0, dim, 2) / dim)).cuda()
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
+    rotated = qkv.view(batch * new, -1, dim)[:, : heads + kv_heads].double()
+    rotated = rotated * torch.rsqrt(rotated.square().mean(-1, keepdim=True) + 1e-6) * head_weight.double()
+    rotated = rope.rotate(rotated, cos[positions][:, None].double(), sin[positions][:, None].double())
+    kernels.rotate_and_store(qkv, cos, sin, positions, slots, cache, heads, kv_heads, head_weight, 1e-6)
+    close(qkv.view(batch * new, -1, dim)[:, : heads + kv_heads], rotated, bound)
+    assert torch.equal(cache[slots], qkv[:, heads * dim :])
+
+    got = kernels.paged_attention(qkv, cache, tables, starts, new, heads, kv_heads, block_size)
+    for row in range(batch * new):
+        seen = torch.arange(int(positions[row]) + 1, device="cuda")
+        at = tables[sequence[row], seen // block_size].long() * block_size + seen % block_size
+        k, v = cache[at].double().view(-1, 2, kv_heads, dim).repeat_interleave(heads // kv_heads, 2).unbind(1)
+        q = qkv[row, : heads * dim].double().view(heads, dim)
+        weights = (torch.einsum("hd,nhd->hn", q, k) / dim**0.5).softmax(-1)
+        close(got[row], torch.einsum("hn,nhd->hd", weights, v).flatten(), bound)
+    scale = torch.tensor([0.01], device="cuda")
+    eight = kernels.paged_attention(qkv, cache, tables, starts, new, heads, kv_heads, block_size, scale)
+    assert (eight.float() != to_e4m3(got, scale).float()).float().mean() < 2e-3
