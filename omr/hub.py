@@ -91,10 +91,13 @@ def snapshot(repo: str, commit: str, patterns: Sequence[str], repo_type: RepoTyp
 
 @contextlib.contextmanager
 def one_line_errors(repo: str, repo_type: RepoType = "model") -> Iterator[None]:
-    """Turn whatever the hub client raises into one line that says what to do."""
+    """Turn whatever the hub client raises into one line that says what to do. Its warnings on retries are left out."""
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging
 
     what = f"{repo_type} {repo}"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
     try:
         yield
     except OmrError:
@@ -128,8 +131,10 @@ def one_line_errors(repo: str, repo_type: RepoType = "model") -> Iterator[None]:
                 f"{what} cannot be reached ({_first_line(error)}); check the network, or set a path"
             ) from None
         raise
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
+    text = str(error).strip().removeprefix("Got: ")
     return text.splitlines()[0][:200] if text else type(error).__name__
