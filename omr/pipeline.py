@@ -167,7 +167,12 @@ def serve_spec(run: Run) -> ServeSpec:
         with run.stage("engine"):
             made = run.store.get(
                 "engine",
-                {**content(cfg.server), "tp": cfg.model.tp, "context_tokens": cfg.model.context_tokens},
+                {
+                    **content(cfg.server),
+                    **cfg.server.engine_recipe(spec),
+                    "tp": cfg.model.tp,
+                    "context_tokens": cfg.model.context_tokens,
+                },
                 inputs,
                 lambda out: cfg.server.build(spec, out),
                 revision=cfg.server.REVISION,

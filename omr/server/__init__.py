@@ -78,14 +78,13 @@ class Server:
     runs_quant: ClassVar[frozenset[str]] = frozenset()
     """Names of the quant options whose checkpoints it serves."""
     runs_drafter: ClassVar[frozenset[str]] = frozenset()
-    builds_engine: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = True
     """False for a remote endpoint: no weights are fetched or quantised."""
 
-    host: str = "127.0.0.1"
-    port: int = 0
+    host: str = field(default="127.0.0.1", metadata={"content": False})
+    port: int = field(default=0, metadata={"content": False})
     """0 takes a free port."""
-    start_timeout_s: float = 600.0
+    start_timeout_s: float = field(default=600.0, metadata={"content": False})
     """How long the server may take to answer /health."""
 
     def __post_init__(self) -> None:
@@ -99,6 +98,18 @@ class Server:
 
         Raises MissingBackend or ConfigError. Must be cheap: no import of a backend, no device initialisation.
         """
+
+    @property
+    def builds_engine(self) -> bool:
+        """Whether `build` must have run before `launch`."""
+        return False
+
+    def engine_recipe(self, spec: ServeSpec) -> dict[str, Any]:
+        """What an engine's bytes depend on beside this option's content, the checkpoint and the drafter.
+
+        Library version, GPU, draft length: part of its artifact key.
+        """
+        return {}
 
     def build(self, spec: ServeSpec, out: Path) -> dict[str, float]:
         """Build the engine of `spec` into the empty folder `out` (only with `builds_engine`)."""

@@ -12,9 +12,23 @@ from functools import cache
 from pathlib import Path
 
 from omr.errors import ConfigError, MissingBackend, ResourceError
+from omr.option import discover
+from omr.server import Server, ServeSpec
 
 BYTES_PER_PARAM = {"bf16": 2.0, "fp8": 1.0, "int8_wo": 1.0, "int4": 0.6}
 """Weights on the device, per parameter; embeddings and scales make these lower bounds."""
+
+
+def require_choices(server: Server, spec: ServeSpec) -> None:
+    """Raise ConfigError, naming the servers that can, for a quant or drafter that `server` cannot run."""
+    for group, choice in (("quant", spec.quant), ("drafter", spec.drafter.option_name)):
+        if choice in getattr(server, f"runs_{group}"):
+            continue
+        able = sorted(
+            n for (g, n), cls in discover().items() if g == "server" and choice in getattr(cls, f"runs_{group}")
+        )
+        also = f"; server={','.join(able)} can" if able else ""
+        raise ConfigError(f"server={server.option_name} cannot run {group}={choice}{also}")
 
 
 def require_gpu(server: str, device: str) -> None:
@@ -63,6 +77,37 @@ def _has_package(python: Path, package: str) -> bool:
         return subprocess.run([python, "-c", code], capture_output=True, timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
+
+
+def package_version(distribution: str, python: str | None) -> str | None:
+    """The installed version in the interpreter of `server.python`; None when it is not there."""
+    if not python:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    return _version(interpreter(python), distribution)
+
+
+@cache
+def _version(python: Path, distribution: str) -> str | None:
+    code = f"import importlib.metadata as m; print(m.version({distribution!r}))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+@cache
+def gpu_names() -> list[str]:
+    """Names of the visible GPUs, for keys of what is built for one kind; empty when nvidia-smi does not say."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        return sorted({line.strip() for line in out.splitlines() if line.strip()})
+    except (OSError, subprocess.SubprocessError):
+        return []
 
 
 def find_script(name: str, python: str | None) -> Path | None:
