@@ -265,6 +265,7 @@ def _environment(found: dict[str, Any]) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "LANG": "C.UTF-8",
         "LC_ALL": "C.UTF-8",
+        "MALLOC_ARENA_MAX": "2",  # each arena reserves 64 MiB of the limited address space, one per thread by default
         "TZ": "UTC",
         "USER": "sandbox",
         "MPLBACKEND": "Agg",

@@ -30,7 +30,7 @@ GRACE_S = 0.5
 """Between the interrupt at a block's time limit and SIGKILL."""
 _CHUNK = 65536
 _PAUSE_S = 0.002
-_SPILL = 16 << 20
+_SPILL = 64 << 20
 """Bytes of output read from one block; a block that writes more waits for its time limit."""
 _SLACK = 8192
 _DEATH_TIMEOUT_S = 5.0

@@ -77,13 +77,13 @@ def serve(kind: str, control: int, *, scratch: str, seed: int | None, packages: 
             _fresh_streams()
             interrupt.arm()
             status = run(message)
-            _flush()
         except KeyboardInterrupt:
             status = "interrupted"
         except MemoryError:
             os.write(2, b"MemoryError\n")
         finally:
             interrupt.armed = False
+        _flush()  # the owner reads on, after an interrupt too
         _frames.write(control, {"status": "interrupted" if interrupt.fired else status})
 
 
