@@ -129,8 +129,8 @@ def rows_of(tokenizer: Any, every: int) -> list[Row]:
         ]
     for name, items in sets.items():
         add(name, items)
+    add("tiny_math T=0.7", sets["tiny_math"], copies=8, temperature=0.7)
     for name in ("tiny_math", "dev"):
-        add(f"{name} T=0.7", sets[name], copies=8, temperature=0.7)
         add(f"{name} no tools", sets[name], tools=False)
         add(f"{name} direct", sets[name], "tiny/direct", tools=False)
     return rows[::every]

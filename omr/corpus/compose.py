@@ -29,7 +29,7 @@ from omr.corpus.family import Family, TwoCalls, Values, nouns, say, write
 from omr.corpus.notebook import Notebook, traceback_text
 
 Split = Literal["train", "dev", "dev_wordings", "test", "unseen"]
-REVISION = 1
+REVISION = 2
 """Bump when an example's text changes for the same (split, seed, index)."""
 
 
@@ -47,7 +47,7 @@ class Mix:
     """A call that nobody ran: the answer follows at once."""
     easy_direct: float = 0.8
     """Of the easy families' examples: answered without a tool though one is there."""
-    noise: float = 0.45
+    noise: float = 0.6
     """Of all: phrasing noise in the problem (openers, closing remarks, lost small words)."""
 
 
@@ -98,28 +98,37 @@ def families() -> dict[str, Family]:
 
 
 @cache
-def _deal() -> tuple[str, ...]:
-    """The families in one fixed shuffled order: any run of examples spreads over all groups."""
+def _deal(training: bool) -> tuple[str, ...]:
+    """The families in one fixed shuffled order: any run of examples spreads over all groups.
+
+    In training, families that need more practice (facts known by heart, long strings to copy) come more than once.
+    """
     names = list(families())
     Random("deal").shuffle(names)
+    if training:
+        more = [n for n in names if families()[n].easy] * 2 + ["letters_arranged", "letter_count", "from_hex"]
+        names += more
+        Random("deal more").shuffle(names)
     return tuple(names)
 
 
 def example(split: Split, seed: int, index: int, mix: Mix = MIX) -> Example:
     """Example number `index`. Families take turns, so every len(families()) examples hold each family once."""
-    names = _deal()
+    names = _deal(split == "train")
     chosen = families()[names[index % len(names)]]
-    rng = Random(f"omr-corpus/{REVISION}/{split}/{seed}/{index}")
+    rng = Random(f"omr-corpus/{split}/{seed}/{index}")
     values = {**nouns(rng), **chosen.draw(rng)}
     kind = {"dev_wordings": "dev", "unseen": "unseen"}.get(split, "train")
     templates = chosen.of_split(kind)
     number = rng.randrange(len(templates))
-    problem = say(templates[number], values, rng)
     training = split == "train"
     if training and rng.random() < mix.noise:
-        problem = phrasing.noisy(problem, rng)
+        problem = phrasing.noisy(say(phrasing.reframed(templates[number], rng), values, rng), rng)
+    else:
+        problem = say(templates[number], values, rng)
     instruction = phrasing.draw_instruction(rng, no_code=mix.no_code) if training else "generic/math"
-    made = _solve(chosen, values, rng, mix if training else _CLEAN, phrasing.forbids_code(instruction))
+    copied = "" if chosen.easy else _numbers_line(values, problem)
+    made = _solve(chosen, values, rng, mix if training else _CLEAN, phrasing.forbids_code(instruction), copied)
     return Example(
         id=f"{split}/{seed}/{index}",
         family=chosen.name,
@@ -194,15 +203,29 @@ class _Solution:
     slip: bool = False
 
 
-def _solve(chosen: Family, values: Values, rng: Random, mix: Mix, forbidden: bool) -> _Solution:
+def _numbers_line(values: Values, problem: str) -> str:
+    """The problem's numbers in their order, said before any is used: copying is then one skill, the same in all families.
+
+    Empty for problems whose values are no plain numbers (lists, texts).
+    """
+    if any(not isinstance(v, int) for k, v in values.items() if k not in _WORDS):
+        return ""
+    return f" The numbers are {', '.join(re.findall('[0-9]+', problem))}."
+
+
+_WORDS = frozenset({"name", "name2", "item", "item2", "place", "gym_answer"})
+
+
+def _solve(chosen: Family, values: Values, rng: Random, mix: Mix, forbidden: bool, copied: str) -> _Solution:
     code = rng.choice(chosen.codes)
-    right = _right_answer(code, values)
+    raw = _right_output(code, values)
+    right = raw.strip()
     plan = say(rng.choice(chosen.plans), values, rng)
     if forbidden or (chosen.easy and rng.random() < mix.easy_direct):
         lead = rng.choice(chosen.direct) if chosen.direct else plan + " " + rng.choice(phrasing.DIRECT_ENDS)
         text = say(lead, {**values, "answer": right}, rng)
         return _Solution(answer=right, pieces=[Piece(text=text, by_model=True)], kind="direct")
-    lead = f"{plan} {rng.choice(phrasing.LEADS)}\n"
+    lead = f"{plan}{copied} {rng.choice(phrasing.LEADS)}\n"
     if rng.random() < mix.unexecuted and isinstance(code, str):
         text = f"{lead}{_call(write(code, values, slip=False))}\n{rng.choice(phrasing.UNEXECUTED)} \\boxed{{{right}}}."
         return _Solution(answer=right, pieces=[Piece(text=text, by_model=True)], kind="unexecuted")
@@ -215,7 +238,7 @@ def _solve(chosen: Family, values: Values, rng: Random, mix: Mix, forbidden: boo
         first = write(code if isinstance(code, str) else code.first, values, slip=slip)
         _stumble(made, *_typo(first, rng), notebook, rng)
     if isinstance(code, str):
-        shown = _run(made, write(code, values, slip=slip), notebook)
+        shown = _run(made, write(code, values, slip=slip), notebook, None if slip else raw)
     else:
         out = _run(made, write(code.first, values, slip=slip), notebook)
         known = {**values, "out": out}
@@ -227,14 +250,14 @@ def _solve(chosen: Family, values: Values, rng: Random, mix: Mix, forbidden: boo
     return made
 
 
-def _right_answer(code: str | TwoCalls, values: Values) -> str:
+def _right_output(code: str | TwoCalls, values: Values) -> str:
+    """What the code prints in the end when it makes no slip."""
     notebook = Notebook()
     blocks = [code] if isinstance(code, str) else [code.first, code.second]
     printed = ""
     for block in blocks:
-        printed, error = notebook.run(write(block, {**values, "out": printed}, slip=False))
+        printed, error = notebook.run(write(block, {**values, "out": printed.strip()}, slip=False))
         assert error is None, f"{block!r} raised {error!r} for {values}"
-        printed = printed.strip()
     return printed
 
 
@@ -242,10 +265,12 @@ def _call(code: str) -> str:
     return f"<tool_call>\n{code}\n</tool_call>"
 
 
-def _run(made: _Solution, code: str, notebook: Notebook) -> str:
-    """Append a call and its output block; returns what it printed."""
-    printed, error = notebook.run(code)
-    assert error is None, f"{code!r} raised {error!r}"
+def _run(made: _Solution, code: str, notebook: Notebook, known: str | None = None) -> str:
+    """Append a call and its output block; returns what it printed. `known`: what it printed when it ran before."""
+    if known is None:
+        known, error = notebook.run(code)
+        assert error is None, f"{code!r} raised {error!r}"
+    printed = known
     made.pieces.append(Piece(text=_call(code), by_model=True))
     made.pieces.append(Piece(text=f"\n```output\n{printed}```\n", by_model=False))
     return printed.strip()

@@ -8,8 +8,8 @@ Templates (wordings, plans, codes) share a small notation:
                 slip keeps its share when sampling sharpens the odds (spread over many places, it would vanish)
     $out        in the second call of a two-call solution: what the first call printed
 
-Wordings come in three kinds that never mix: `wordings` are for training, `dev` for choosing between models, `unseen` for
-the published figure on wordings that training never showed.
+Wordings stand in wordings/GROUP.txt, a line each. They come in three kinds that never mix: plain ones are for training,
+`dev:` for choosing between models, `unseen:` for the published figure on wordings that training never showed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from random import Random
 from string import Template
 
@@ -89,21 +91,19 @@ def family(
     name: str,
     draw: Draw,
     *,
-    wordings: str,
-    dev: str,
-    unseen: str,
     plans: str,
     codes: Sequence[str | TwoCalls],
     direct: str = "",
     stumble: Stumble | None = None,
 ) -> Family:
-    """A family from multi-line texts, one template a line. Asserts the promises made at the top of this module."""
+    """A family with the wordings that the files have for `name`. Asserts the promises made at the top of this module."""
+    wordings, dev, unseen = (_wordings()[name][kind] for kind in ("train", "dev", "unseen"))
     made = Family(
         name=name,
         draw=draw,
-        wordings=lines(wordings),
-        dev=lines(dev),
-        unseen=lines(unseen),
+        wordings=wordings,
+        dev=dev,
+        unseen=unseen,
         plans=lines(plans),
         codes=tuple(code.strip("\n") if isinstance(code, str) else code for code in codes),
         direct=lines(direct),
@@ -116,6 +116,26 @@ def family(
         text = code if isinstance(code, str) else code.first + code.second
         assert len(_SLIP.findall(text)) == 1, f"{name}: a code needs exactly one slip: {text!r}"
     return made
+
+
+@cache
+def _wordings() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Family -> kind -> templates, from wordings/*.txt: `[family]`, then a wording a line, marked `dev:` or `unseen:`."""
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    name = ""
+    for path in sorted((Path(__file__).parent / "wordings").glob("*.txt")):
+        for line in lines(path.read_text(encoding="utf-8")):
+            if heading := re.fullmatch(r"\[(\w+)\]", line):
+                name = heading.group(1)
+                assert name not in found, f"{path.name}: {name} stands there twice"
+                found[name] = {"train": (), "dev": (), "unseen": ()}
+                continue
+            kind, mark, rest = line.partition(": ")
+            if mark and kind in ("dev", "unseen"):
+                found[name][kind] += (rest,)
+            else:
+                found[name]["train"] += (line,)
+    return found
 
 
 def say(template: str, values: Values, rng: Random) -> str:

@@ -7,6 +7,8 @@ wording it never saw is taken for whichever family shares its first words.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from functools import cache
 from random import Random
 
 INSTRUCTIONS = {
@@ -123,34 +125,77 @@ def forbids_code(instruction: str) -> bool:
     return instruction in _NO_CODE
 
 
-def noisy(problem: str, rng: Random) -> str:
-    """The problem with an opener or remark around it, words swapped for others, and now and then a small word lost.
+_NOUN_FRAMES = (
+    "What is {}?",
+    "Find {}.",
+    "{}: what is it?",
+    "I want to know {}.",
+    "Which number is {}?",
+    "Please find {}.",
+    "Can you find {}?",
+    "We look for {}.",
+    "Let us compute {}.",
+    "The task is to get {}.",
+    "{} is what?",
+    "How much is {}?",
+    "Your job: {}.",
+    "Do you know {}?",
+    "Name {}.",
+    "My question is {}.",
+    "{} = ?",
+    "How large is {}?",
+    "Show me {}.",
+)
+_COUNT_FRAMES = (
+    "How many {}?",
+    "Find how many {}.",
+    "Can you say how many {}?",
+    "I wonder how many {}.",
+    "The question is how many {}.",
+    "Say how many {}.",
+    "Do you know how many {}?",
+    "Please count how many {}.",
+)
+_NOUN = re.compile(r"(?:@F|@T|What is|How much is|\[What is\|How much is\]) ([^.?]*)[.?]")
+_COUNT = re.compile(r"How many ([^.?]*)\?")
 
-    Numbers, names and what stands in quotes are never touched.
+
+def reframed(template: str, rng: Random) -> str:
+    """A one-sentence template in another frame: "@F the sum of .." may become "We look for the sum of ..". Often as it is."""
+    if rng.random() < 0.4:
+        return template
+    for pattern, frames in ((_NOUN, _NOUN_FRAMES), (_COUNT, _COUNT_FRAMES)):
+        found = pattern.fullmatch(template)
+        if found and not found.group(1).startswith(("how ", "many ")):
+            return rng.choice(frames).format(found.group(1))
+    return template
+
+
+@cache
+def _stray_words() -> tuple[str, ...]:
+    """Words that have nothing to do with a problem: from the text that comes with reasoning_gym."""
+    from reasoning_gym.data import read_data_file
+
+    words = re.findall(r"\b[a-z]{2,9}\b", read_data_file("in_the_year_2889.txt"))
+    return tuple(sorted(set(words)))
+
+
+def noisy(problem: str, rng: Random) -> str:
+    """The problem with words lost, swapped or put in, sentences in another order, an opener or remark around it.
+
+    Numbers, names and what stands in quotes are never touched, so the answer stays the problem's. One case in three is
+    heavy: only then is the family left to be told from the words that happen to remain, whichever they are.
     """
-    words = problem.split(" ")
+    if rng.random() < 0.35:
+        sentences = re.split(r"(?<=[a-z)0-9][.?]) (?=[A-Z])", problem)
+        if len(sentences) > 1:
+            rng.shuffle(sentences)
+        problem = " ".join(sentences)
+    heavy = rng.random() < 0.35
     drop, swap = rng.choice((0.0, 0.1, 0.25)), rng.choice((0.0, 0.2, 0.5))
-    lose = rng.choice((0.0, 0.0, 0.04))
-    kept = []
-    quoted = False
-    for word in words:
-        quoted_here = quoted or word.startswith('"')
-        if word.count('"') % 2:
-            quoted = not quoted
-        bare = re.fullmatch(r"([A-Za-z]+)([,.?:]?)", word)
-        if bare is None or quoted_here:
-            kept.append(word)
-            continue
-        text, tail = bare.group(1), bare.group(2)
-        low = text.lower()
-        if low in _SWAPS and rng.random() < swap:
-            new = rng.choice(_SWAPS[low])
-            kept.append((new.capitalize() if text[0].isupper() else new) + tail)
-        elif not tail and ((low in _SMALL and rng.random() < drop) or (text == low and rng.random() < lose)):
-            continue
-        else:
-            kept.append(word)
-    text = " ".join(kept)
+    lose = rng.choice((0.1, 0.2, 0.35)) if heavy else rng.choice((0.0, 0.0, 0.04))
+    stray = rng.choice((0.0, 0.05, 0.15)) if heavy else 0.0
+    text = " ".join(_disturbed(problem.split(" "), rng, drop, swap, lose, stray))
     dice = rng.random()
     if dice < 0.35:
         text = f"{rng.choice(_OPENERS)} {text}"
@@ -159,5 +204,33 @@ def noisy(problem: str, rng: Random) -> str:
     if rng.random() < 0.1:
         text = text.rstrip(".?")
     if rng.random() < 0.1:
-        text = text[0].lower() + text[1:]
+        text = text[:1].lower() + text[1:]
     return text
+
+
+def _disturbed(
+    words: list[str], rng: Random, drop: float, swap: float, lose: float, stray: float
+) -> Iterator[str]:
+    """`drop`: chance that a small word is lost; `lose`: any word; `swap`: by a synonym; `stray`: one put in, or for it."""
+    quoted = False
+    for word in words:
+        inside = quoted or word.startswith('"')
+        if word.count('"') % 2:
+            quoted = not quoted
+        bare = re.fullmatch(r"([A-Za-z]+)([,.?:]?)", word)
+        if bare is None or inside:
+            yield word
+            continue
+        text, tail = bare.group(1), bare.group(2)
+        low = text.lower()
+        if rng.random() < stray:
+            new = rng.choice(_stray_words())
+            yield new + tail if rng.random() < 0.5 else f"{new} {word}"
+        elif low in _SWAPS and rng.random() < swap:
+            new = rng.choice(_SWAPS[low])
+            yield (new.capitalize() if text[0].isupper() else new) + tail
+        elif (low in _SMALL and rng.random() < drop) or rng.random() < lose:
+            if tail:
+                yield tail
+        else:
+            yield word
