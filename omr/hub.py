@@ -7,6 +7,7 @@ to the full commit hash, so that what was fetched can be named in an artifact ke
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,11 +94,11 @@ def snapshot(repo: str, commit: str, patterns: Sequence[str], repo_type: RepoTyp
 def one_line_errors(repo: str, repo_type: RepoType = "model") -> Iterator[None]:
     """Turn whatever the hub client raises into one line that says what to do. Its warnings on retries are left out."""
     from huggingface_hub import errors
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
 
     what = f"{repo_type} {repo}"
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     except OmrError:
@@ -132,7 +133,7 @@ def one_line_errors(repo: str, repo_type: RepoType = "model") -> Iterator[None]:
             ) from None
         raise
     finally:
-        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(verbosity)
 
 
 def _first_line(error: BaseException) -> str:
