@@ -7,6 +7,7 @@ to the full commit hash, so that what was fetched can be named in an artifact ke
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -32,10 +33,12 @@ def cache_folder(repo: str, repo_type: RepoType = "model") -> Path:
     return Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}"
 
 
+@functools.cache
 def resolve_revision(repo: str, revision: str | None, repo_type: RepoType = "model") -> str:
     """The full commit hash of `revision` (a branch or tag; None is main). A full hash is returned as it is.
 
-    Offline, a branch is what the cache last saw it at. Raises InputError when nothing can tell.
+    Asked once a process: a branch that moves during a run does not split it. Offline, a branch is what the cache last
+    saw it at. Raises InputError when nothing can tell.
     """
     if revision and COMMIT.fullmatch(revision):
         return revision
