@@ -9,6 +9,8 @@ What is not named is refused with EPERM, so code sees an ordinary PermissionErro
 
 Two kinds of session differ: `python` may not start processes; `shell` may fork and exec what the file system offers.
 
+Without a root of its own, a session may not change modes and times of files: Landlock does not cover those.
+
 Refused on purpose although limits exist: memfd, SysV and POSIX shared memory (outside RLIMIT_AS), F_SETPIPE_SZ,
 sendmsg (descriptors in flight escape RLIMIT_NOFILE), namespaces, mounts, ptrace, bpf, io_uring, userfaultfd, keyrings.
 """
@@ -25,8 +27,8 @@ _ALLOWED = """
 read write pread64 pwrite64 readv writev preadv pwritev open openat openat2 creat close close_range lseek stat fstat
 lstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getdents getdents64 getcwd chdir
 fchdir mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 link linkat symlink symlinkat truncate ftruncate
-fallocate fadvise64 fsync fdatasync chmod fchmod fchmodat umask utime utimes futimesat utimensat flock copy_file_range
-sendfile getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr
+fallocate fadvise64 fsync fdatasync umask flock copy_file_range sendfile
+getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr
 pipe pipe2 dup dup2 dup3 select pselect6 poll ppoll epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait
 epoll_pwait2 eventfd eventfd2 timerfd_create timerfd_settime timerfd_gettime recvfrom shutdown getsockopt setsockopt
 getsockname getpeername
@@ -39,6 +41,7 @@ getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroup
 sysinfo getrlimit setrlimit getrusage getrandom wait4 waitid exit exit_group
 """
 _SHELL_ALLOWED = "fork vfork execve"
+_OWN_SPACE_ALLOWED = "chmod fchmod fchmodat utime utimes futimesat utimensat"
 
 _LOAD, _JEQ, _JGE, _JGT, _JSET, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -112,7 +115,7 @@ def program(kind: str, *, arch: str, own_pid: int | None, own_space: bool) -> li
     """The filter for a session of `kind` (python, shell).
 
     `own_pid`: the only process that kill may name; None for any that the session can see. `own_space`: the session has
-    its own process space. Raises KeyError for an architecture without a table.
+    its own processes and file system. Raises KeyError for an architecture without a table.
     """
     numbers = _syscalls.numbers(arch)
     code: list[Instruction] = [
@@ -126,7 +129,11 @@ def program(kind: str, *, arch: str, own_pid: int | None, own_space: bool) -> li
         _UNKNOWN,
     ]
     special = {numbers[name]: body for name, body in _special(kind, own_pid, own_space).items() if name in numbers}
-    names = _ALLOWED.split() + (_SHELL_ALLOWED.split() if kind == "shell" else [])
+    names = _ALLOWED.split()
+    if kind == "shell":
+        names += _SHELL_ALLOWED.split()
+    if own_space:
+        names += _OWN_SPACE_ALLOWED.split()
     for first, last in _ranges(sorted({numbers[name] for name in names if name in numbers} - special.keys())):
         if first == last:
             code += [(_JEQ, 0, 1, first), _PASS]

@@ -94,6 +94,7 @@ def _keep(cage: Bare, settings: dict[str, Any], control: int, report: int) -> No
     _linux.die_with_parent(watcher)  # once more: the kernel forgets it when the uid changes
     zygote = os.fork()
     if zygote == 0:
+        passed = False
         with _reporting(report):
             _linux.die_with_parent(0 if cage.own_space else keeper)
             _try_session(cage)
@@ -101,7 +102,10 @@ def _keep(cage: Bare, settings: dict[str, Any], control: int, report: int) -> No
                 control,
                 {"tier": cage.tier, "landlock_abi": cage.landlock_abi, "refusals": settings["refusals"]},
             )
+            passed = True
         os.close(report)
+        if not passed:
+            os._exit(1)
         try:
             _zygote.Zygote(cage, settings, control).run()
         except BaseException:

@@ -169,9 +169,9 @@ ATTACKS = [
         "if p.exitcode == 0: print('BREACHED')\n",
     ),
     # 7 -------------------------------------------------------------------------------------------------- memory
+    Attack(7, "anonymous_map", "import mmap\nx = [mmap.mmap(-1, 100 << 20) for _ in range(7)]\nprint('BREACHED')"),
     Attack(7, "bytes", "x = bytearray(700 << 20)\nprint('BREACHED')"),
     Attack(7, "numpy", "import numpy\nx = numpy.ones(700 << 17)\nprint('BREACHED')", timeout_s=8),
-    Attack(7, "anonymous_map", "import mmap\nx = [mmap.mmap(-1, 100 << 20) for _ in range(7)]\nprint('BREACHED')"),
     Attack(7, "private_map", "import mmap\nx = mmap.mmap(-1, 700 << 20, mmap.MAP_PRIVATE)\nprint('BREACHED')"),
     Attack(7, "memfd", "import os\nos.truncate(os.memfd_create('x'), 700 << 20)\nprint('BREACHED')"),
     Attack(

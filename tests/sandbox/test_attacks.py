@@ -128,6 +128,7 @@ def test_sessions_do_not_see_each_other(client: LocalClient) -> None:
     assert state.stdout == "False False\n"
 
 
+@pytest.mark.slow
 def test_endless_recursion_ends(client: LocalClient) -> None:
     async def body() -> Outcome:
         session = client.session()

@@ -12,7 +12,7 @@ import pytest
 
 from omr.errors import ResourceError
 from omr.sandbox import Outcome
-from omr.sandbox._client import LocalClient, start
+from omr.sandbox._client import LocalClient
 from omr.sandbox._memory import tree
 from omr.sandbox._session import CUT
 
@@ -185,14 +185,14 @@ def test_threads_left_behind_rest_between_blocks(client: LocalClient) -> None:
             spin = "import threading, time\ndef spin():\n    while True: pass\n"
             await session.execute(spin + "threading.Thread(target=spin, daemon=True).start()")
             before = float((await session.execute("time.process_time()")).stdout)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(0.5)
             after = float((await session.execute("time.process_time()")).stdout)
             return after - before, (await session.execute("threading.active_count()")).stdout
         finally:
             await session.close()
 
     cpu_s, threads = asyncio.run(body())
-    assert cpu_s < 0.5
+    assert cpu_s < 0.25
     assert threads == "2\n"
 
 
@@ -235,7 +235,6 @@ def test_closing_is_idempotent_and_final(client: LocalClient) -> None:
     async def body() -> None:
         session = client.session()
         await session.close()
-        await session.execute("1") if False else None
         await session.close()
         with pytest.raises(ResourceError, match="closed"):
             await session.execute("1")
@@ -275,16 +274,16 @@ def test_long_tracebacks_have_context_values_and_colour(run: Run) -> None:
     assert len(verbose) > len(context)
 
 
-def test_execution_time_of_a_session_is_limited(tmp_path: Path) -> None:
-    async def body(client: LocalClient) -> list[Outcome]:
+def test_execution_time_of_a_session_is_limited(client: LocalClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> list[Outcome]:
         session = client.session()
         try:
             return [await session.execute(code, 5.0) for code in ("x = 1", "while True: pass", "x")]
         finally:
             await session.close()
 
-    with start(("namespace", "landlock"), limits(session_s=0.5), tmp_path) as client:
-        first, second, third = asyncio.run(body(client))
+    monkeypatch.setattr(client, "limits", limits(session_s=0.5))
+    first, second, third = asyncio.run(body())
     assert first.status == "completed"
     assert second.status == "timeout" and second.seconds < 2.0
     assert (third.status, third.seconds) == ("timeout", 0.0)
@@ -361,7 +360,12 @@ def test_shell_scripts_run_inside(run: Run) -> None:
     assert shell("exit 3").status == "error"
     assert "unexpected EOF" in shell("echo 'Hello").stderr
     assert shell("cat /etc/passwd").status == "error"
-    assert shell("python3 -c 'import sympy; print(sympy.Integer(2) ** 10)'").stdout == "1024\n"
+
+
+@pytest.mark.slow
+def test_shell_scripts_find_the_packages(run: Run) -> None:
+    (outcome,) = run("python3 -c 'import sympy; print(sympy.Integer(2) ** 10)'", kind="shell", timeout_s=60.0)
+    assert outcome.stdout == "1024\n"
 
 
 @pytest.mark.slow
