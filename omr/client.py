@@ -288,14 +288,17 @@ async def _chunks(reply: httpx.Response, stream: Stream) -> AsyncGenerator[Chunk
 
 async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
     """The data of each event up to [DONE]. Lines that are no data (comments, keep-alives, event names) are skipped."""
-    held = b""
+    held, done = b"", False
     async for part in reply.aiter_bytes():
+        if done:
+            continue  # read to the end of the reply, or its connection could not be used again
         *lines, held = (held + part).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
                 data = line[5:].strip()
                 if data == b"[DONE]":
-                    return
+                    done = True
+                    break
                 yield data
 
 

@@ -54,6 +54,8 @@ class Generation:
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
+    interval_s: float = 0.0
+    """Shortest time between two events of a stream; tokens that come in between share the next one."""
     return_token_ids: bool = False
     add_special: bool = True
     """Whether encoding a text prompt adds what the tokenizer adds (a bos token)."""
@@ -259,6 +261,7 @@ def _generation(fields: _Fields, vocab_size: int) -> Generation:
         stream=stream,
         include_usage=options.flag("include_usage"),
         continuous_usage=options.flag("continuous_usage_stats"),
+        interval_s=options.number("interval_s", 0.0, 0.0, 10.0),
         return_token_ids=fields.flag("return_token_ids"),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ class Generating:
     clock: Clock
     started: bool = False
     """Whether a chunk of it has been sent."""
+    sent: float = 0.0
+    """When the last one was."""
 
     @property
     def id(self) -> str:
@@ -128,9 +131,14 @@ class Reply(Response):
                     await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
                     is_open = True
                 events: list[dict[str, Any]] = []
+                now = time.monotonic()
                 for sequence in touched:
+                    soon = sequence.started and now - sequence.sent < self._answer.body.interval_s
+                    if soon and not sequence.choice.finished:
+                        continue  # the first event and the last go at once
                     delta = sequence.choice.take()
                     if delta is not None:
+                        sequence.sent = now
                         events += self._events(sequence, delta)
                 if events:
                     await _send_events(send, events)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omr.errors import ConfigError
 from omr.option import fields_of, option
@@ -49,13 +49,16 @@ class Native(Server):
     """Of activations and unquantised weights; auto is bfloat16 on CUDA and for big models, float32 for small on CPU."""
     num_threads: int = 0
     """CPU threads of the engine; 0 leaves one core to HTTP and the client."""
+    stream_interval_s: float = 0.1
+    """A stream to omr's own client gets an event at most this often: on CPU an event costs more than a token of a small
+    model. The first token and the last go at once, so latencies are not touched. 0 is an event a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_batch_size", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"server.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("kv_cache_tokens", "num_threads"):
+        for name in ("kv_cache_tokens", "num_threads", "stream_interval_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"server.{name} must be >= 0 (0 is automatic), got {getattr(self, name)}")
         if not 0 < self.kv_cache_fraction < 1:
@@ -106,6 +109,9 @@ class Native(Server):
             dtype=self.dtype.name,
             num_threads=self.num_threads,
         )
+
+    def request_body(self, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
+        return body | {"stream_options": {**body.get("stream_options", {}), "interval_s": self.stream_interval_s}}
 
     def spec_counts(self, metrics_text: str) -> SpecCounts | None:
         return _prometheus.spec_counts(metrics_text, "omr:spec_decode_num_")

@@ -96,6 +96,23 @@ def test_text_usage_and_stream_do_not_depend_on_tokens_per_step(tokenizer: Any, 
     serve(engine, tokenizer, test)
 
 
+def test_an_interval_joins_events_but_delays_neither_the_first_nor_the_last(tokenizer: Any) -> None:
+    ids = script_of(tokenizer, SAY + " a long tail" * 20)
+    engine = ScriptedEngine(lambda request: ids, STEPS["one"], pause_s=0.001)
+
+    async def test(http: httpx.AsyncClient, server: Live) -> None:
+        usage = {"include_usage": True, "continuous_usage_stats": True}
+        each = await events(http, stream_options=usage)
+        few = await events(http, stream_options={**usage, "interval_s": 10})
+        assert joined(few) == joined(each) and len(each) > 50
+        # the first token alone, all others with the end, and the usage
+        assert [len(e["choices"]) for e in few] == [1, 1, 0]
+        counts = [e["usage"]["completion_tokens"] for e in few]
+        assert counts[0] < 10 and counts[1] == counts[2] == each[-1]["usage"]["completion_tokens"]
+
+    serve(engine, tokenizer, test)
+
+
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_stop_string_ends_text_and_engine_work_and_never_leaks(tokenizer: Any, steps: str) -> None:
     ids = script_of(tokenizer, SAY + " a long tail" * 20)
