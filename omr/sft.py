@@ -2,10 +2,10 @@
 
     text.parquet --encode--> documents (ids, is_target) --plan--> steps of documents --train--> bf16 folder + loss curve
 
-The loss counts only tokens that the model itself writes; the prompt and every tool-output block are context. One document is
-one row of a batch: padded on the right, no packing, no mask (a causal model never looks right), so no document sees
-another. Documents of similar length share a batch; a step holds about `tokens_per_step` padded tokens, split into
-forwards of at most `tokens_per_forward` with the loss averaged over the whole step's target tokens.
+The loss counts only tokens that the model itself writes; the prompt and every tool-output block are context. One
+document is one row of a batch: padded on the right, no packing, no mask (a causal model never looks right), so no
+document sees another. Documents of similar length share a batch; a step holds about `tokens_per_step` padded tokens,
+split into forwards of at most `tokens_per_forward` with the loss averaged over the whole step's target tokens.
 
 Everything that a step does depends on (recipe, data, step number) alone: a killed training goes on from its last saved
 state and ends, on the same machine, in the same weights. Weights and optimiser state are float32; on a GPU the
@@ -144,9 +144,9 @@ def train(
 ) -> dict[str, float]:
     """Fine-tune the folder `base` on the text file (parquet rows, or an encoded .npz) and fill the folder `out`.
 
-    `out` gets a bf16 checkpoint with the tokenizer, and curve.jsonl. The folder `keep` (`out` by default) holds the state
-    of an unfinished training; it is taken up again when recipe, text and base are the same, and removed at the end.
-    Raises InputError for an unusable base or text, TrainingError when the loss is not finite.
+    `out` gets a bf16 checkpoint with the tokenizer, and curve.jsonl. The folder `keep` (`out` by default) holds the
+    state of an unfinished training; it is taken up again when recipe, text and base are the same, and removed at the
+    end. Raises InputError for an unusable base or text, TrainingError when the loss is not finite.
     """
     documents = encode(text, base, recipe.max_length, workers)
     steps = plan(documents.lengths, recipe.epochs, recipe.tokens_per_step, recipe.seed)
@@ -154,7 +154,9 @@ def train(
     limit = model.get_input_embeddings().weight.shape[0]
     if documents.ids.size and int(documents.ids.max()) >= limit:
         raise InputError(f"{base}: the tokenizer has ids up to {int(documents.ids.max())}, the model only {limit}")
-    return _Training(model, documents, steps, recipe, device, out, keep or out, _fingerprint(base, documents, recipe)).run(base)
+    return _Training(
+        model, documents, steps, recipe, device, out, keep or out, _fingerprint(base, documents, recipe)
+    ).run(base)
 
 
 def rate(recipe: Recipe, step: int, num_steps: int) -> float:
@@ -194,7 +196,9 @@ def _load(base: Path, device: str, recipe: Recipe) -> Any:
 
 
 def _fingerprint(base: Path, documents: Documents, recipe: Recipe) -> str:
-    fixed = {f.name: str(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.metadata.get("content", True)}
+    fixed = {
+        f.name: str(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.metadata.get("content", True)
+    }
     weights = sorted((p.name, p.stat().st_size) for p in base.glob("*.safetensors"))
     return json.dumps([REVISION, fixed, documents.digest(), weights], sort_keys=True)
 
@@ -354,7 +358,8 @@ def main(argv: list[str] | None = None) -> None:
         name, _, value = item.partition("=")
         if name not in known:
             raise ConfigError(f"--set {name}: the recipe has no such field; it has {', '.join(known)}")
-        values[name] = Schedule[value] if name == "schedule" else type(known[name].default)(float(value))
+        kind = type(known[name].default)
+        values[name] = Schedule[value] if kind is Schedule else int(value) if kind is int else float(value)
     result = train(
         base=args.base, text=args.text, out=args.out, recipe=Recipe(**values), device=args.device, workers=args.workers
     )

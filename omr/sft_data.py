@@ -10,9 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from omr.dataset import load_tokenizer
 from omr.errors import InputError
-from omr.text import TextRow, iter_text
+from omr.text import TextRow, iter_text, load_tokenizer
 
 CHUNK = 2000
 """Rows that a worker encodes at a time."""
@@ -45,7 +44,7 @@ class Documents:
         numpy.savez(path, ids=self.ids, is_target=self.is_target, starts=self.starts)
 
     def batches(self, chosen: Any, tokens: int) -> Iterator[tuple[Any, Any]]:
-        """The documents `chosen` in forwards of at most `tokens` padded tokens: ids int64 and mask bool (rows, time)."""
+        """The documents `chosen` in forwards of at most `tokens` padded tokens: ids int64, mask bool (rows, time)."""
         for part in _cut(self.lengths[chosen], tokens):
             yield self._pad(chosen[part])
 

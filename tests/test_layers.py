@@ -40,6 +40,7 @@ RANKS: dict[str, int] = {
     "omr.server.*": 4,
     "omr.sandbox.*": 4,
     "omr.config": 5,
+    "omr.sft_data": 5,
     "omr.run": 6,
     "omr.corpus": 6,
     "omr.sft": 6,

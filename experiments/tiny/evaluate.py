@@ -1,7 +1,7 @@
 """Measure a small model on all held-out sets at once: one batch, all rows one position a step.
 
-Prompts and tool outputs are fed as forced tokens, so rows need no common start and the cache no gaps. Code runs in forked
-children with CPU and memory limits: fit for a throw-away machine, not for untrusted models (omr's sandbox is).
+Prompts and tool outputs are fed as forced tokens, so rows need no common start and the cache no gaps. Code runs in
+forked children with CPU and memory limits: fit for a throw-away machine, not for untrusted models (omr's sandbox is).
 
     PYTHONPATH=. python experiments/tiny/evaluate.py MODEL_FOLDER [--device cuda]     writes MODEL_FOLDER/results.json
 """
@@ -110,7 +110,9 @@ def execute(blocks: list[str]) -> str:
 def rows_of(tokenizer: Any, every: int) -> list[Row]:
     rows: list[Row] = []
 
-    def add(name: str, items: list[dict[str, str]], instruction: str = "generic/math", copies: int = 1, **how: Any) -> None:
+    def add(
+        name: str, items: list[dict[str, str]], instruction: str = "generic/math", copies: int = 1, **how: Any
+    ) -> None:
         for item in items:
             user = INSTRUCTIONS[instruction].replace("{problem}", item["problem"])
             text = tokenizer.apply_chat_template(
@@ -125,7 +127,8 @@ def rows_of(tokenizer: Any, every: int) -> list[Row]:
     sets = {name: frozen(name) for name in SETS}
     for name in DEV_SETS:
         sets[name] = [
-            {"family": e.family, "wording": e.wording, "problem": e.problem, "expected_answer": e.answer} for e in made(name)
+            {"family": e.family, "wording": e.wording, "problem": e.problem, "expected_answer": e.answer}
+            for e in made(name)
         ]
     for name, items in sets.items():
         add(name, items)
@@ -164,7 +167,9 @@ def solve(model: Any, tokenizer: Any, rows: list[Row], device: str, longest: int
         for i in numpy.nonzero(free & (picked == end))[0]:
             alive[i] = False
             ends[i] = at + 1
-        calls = [i for i in numpy.nonzero(free & (picked == call))[0] if rows[i].tools and len(rows[i].blocks) < MAX_CALLS]
+        calls = [
+            i for i in numpy.nonzero(free & (picked == call))[0] if rows[i].tools and len(rows[i].blocks) < MAX_CALLS
+        ]
         for i in calls:
             text = tokenizer.decode(buffer[i, len(rows[i].prompt) : at + 2].tolist())
             rows[i].blocks.append(text.rsplit("<tool_call>", 1)[-1].removesuffix("</tool_call>").strip("\n"))

@@ -1,33 +1,20 @@
 """Train the embedded model with several seeds at once on one GPU, then measure each. See README.md beside this file.
 
-    PYTHONPATH=. python experiments/tiny/train.py --tokenizer omr/assets/tiny --out /tmp/tiny
+PYTHONPATH=. python experiments/tiny/train.py --tokenizer omr/assets/tiny --out /tmp/tiny
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
-from omr.corpus import guard, training_examples
-from omr.corpus.layout import Layout
-from omr.dataset import load_tokenizer
+from omr.corpus.encoded import encode_corpus
 from omr.sft import Shape, write_fresh
-from omr.sft_data import Documents, encode_rows, join
-
-BLOCK = 2000
-
-
-def documents_of(tokenizer_dir: Path, corpus_seed: int, block: int) -> Documents:
-    tokenizer = load_tokenizer(tokenizer_dir)
-    layout = Layout(tokenizer)
-    made = training_examples(corpus_seed, block * BLOCK, (block + 1) * BLOCK, guard())
-    return encode_rows([layout.row(e) for e in made], tokenizer, 512)
 
 
 def main() -> None:
@@ -48,23 +35,19 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"[{time.time() - started:6.1f} s] {text}", flush=True)
 
-    blocks = range(args.documents // BLOCK)
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        parts = list(pool.imap(partial(documents_of, args.tokenizer, args.corpus_seed), blocks))
     text = args.out / "text.npz"
-    made = join(parts)
+    made = encode_corpus(args.tokenizer, args.documents, seed=args.corpus_seed, workers=os.cpu_count() or 1)
     made.save(text)
     say(f"{len(made.lengths)} documents, {len(made.ids)} tokens, {int(made.is_target.sum())} with loss")
 
     children = []
     for seed in args.seeds:
         base = args.out / f"fresh{seed}"
-        write_fresh(
-            base, tokenizer_dir=args.tokenizer, shape=Shape(intermediate_size=args.intermediate), seed=seed
-        )
+        write_fresh(base, tokenizer_dir=args.tokenizer, shape=Shape(intermediate_size=args.intermediate), seed=seed)
         settings = [f"--set={item}" for item in [*args.set, f"seed={seed}"]]
-        argv = [sys.executable, "-m", "omr.sft", f"--base={base}", f"--text={text}", f"--out={args.out / f'seed{seed}'}",
-                f"--device={args.device}", *settings]  # fmt: skip
+        out = args.out / f"seed{seed}"
+        argv = [sys.executable, "-m", "omr.sft", f"--base={base}", f"--text={text}", f"--out={out}"]
+        argv += [f"--device={args.device}", *settings]
         log = (args.out / f"seed{seed}.log").open("w")
         children.append(subprocess.Popen(argv, stdout=log, stderr=log))
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from omr.corpus.family import TwoCalls, Values, family, ints
+from omr.corpus.family import Values, family, ints
 
 
 def _linear(rng: Random) -> Values:
@@ -88,7 +88,10 @@ FAMILIES = (
             We put the value of x into the polynomial.
             We evaluate the polynomial at the given point.
         """,
-        codes=["x = {{$x||-$x}}\nprint($a * x ** 2 + $b * x + $c)", "def f(x):\n    return $a * x * x {{+||-}} $b * x + $c\n\nprint(f($x))"],
+        codes=[
+            "x = {{$x||-$x}}\nprint($a * x ** 2 + $b * x + $c)",
+            "def f(x):\n    return $a * x * x {{+||-}} $b * x + $c\n\nprint(f($x))",
+        ],
     ),
     family(
         "composition",

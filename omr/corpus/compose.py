@@ -292,4 +292,6 @@ def _typo(code: str, rng: Random) -> tuple[str, str]:
     first, _, rest = code.partition("\n")
     if first.startswith(("import ", "from ")):
         return rest, "The import is missing. Let me add it."
-    return code.replace("print(", "prnt(", 1), rng.choice(("I misspelt print. Let me fix it.", "That was a typo. Again:"))
+    return code.replace("print(", "prnt(", 1), rng.choice(
+        ("I misspelt print. Let me fix it.", "That was a typo. Again:")
+    )

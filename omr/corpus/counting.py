@@ -6,13 +6,123 @@ from random import Random
 
 from omr.corpus.family import TwoCalls, Values, family, ints
 
-_WORDS = """banana letter pepper coffee balloon success address bottle summer winter dinner hammer kitten mirror rabbit
-ribbon tunnel yellow butter cheese street parrot school planet garden market number bridge cookie puzzle lesson
-button cotton valley cactus tomato potato orange bamboo camera circle dragon engine forest guitar island jacket
-ladder magnet needle office pillow rocket saddle silver spider temple turtle velvet window wizard zipper apple berry
-candle donkey eleven feather giggle hidden indeed jungle kettle lemon melon noodle onion papaya quiver razor salad
-tattoo teeth under vanilla wheel acacia bubble carrot daddy effect fiddle goggle horror igloo jigsaw kayak llama
-mammal nanny otter paddle queue rattle sizzle toffee uncle vacuum willow yodel zigzag abacus barrel cannon dagger""".split()
+_WORDS = [
+    "banana",
+    "letter",
+    "pepper",
+    "coffee",
+    "balloon",
+    "success",
+    "address",
+    "bottle",
+    "summer",
+    "winter",
+    "dinner",
+    "hammer",
+    "kitten",
+    "mirror",
+    "rabbit",
+    "ribbon",
+    "tunnel",
+    "yellow",
+    "butter",
+    "cheese",
+    "street",
+    "parrot",
+    "school",
+    "planet",
+    "garden",
+    "market",
+    "number",
+    "bridge",
+    "cookie",
+    "puzzle",
+    "lesson",
+    "button",
+    "cotton",
+    "valley",
+    "cactus",
+    "tomato",
+    "potato",
+    "orange",
+    "bamboo",
+    "camera",
+    "circle",
+    "dragon",
+    "engine",
+    "forest",
+    "guitar",
+    "island",
+    "jacket",
+    "ladder",
+    "magnet",
+    "needle",
+    "office",
+    "pillow",
+    "rocket",
+    "saddle",
+    "silver",
+    "spider",
+    "temple",
+    "turtle",
+    "velvet",
+    "window",
+    "wizard",
+    "zipper",
+    "apple",
+    "berry",
+    "candle",
+    "donkey",
+    "eleven",
+    "feather",
+    "giggle",
+    "hidden",
+    "indeed",
+    "jungle",
+    "kettle",
+    "lemon",
+    "melon",
+    "noodle",
+    "onion",
+    "papaya",
+    "quiver",
+    "razor",
+    "salad",
+    "tattoo",
+    "teeth",
+    "under",
+    "vanilla",
+    "wheel",
+    "acacia",
+    "bubble",
+    "carrot",
+    "daddy",
+    "effect",
+    "fiddle",
+    "goggle",
+    "horror",
+    "igloo",
+    "jigsaw",
+    "kayak",
+    "llama",
+    "mammal",
+    "nanny",
+    "otter",
+    "paddle",
+    "queue",
+    "rattle",
+    "sizzle",
+    "toffee",
+    "uncle",
+    "vacuum",
+    "willow",
+    "yodel",
+    "zigzag",
+    "abacus",
+    "barrel",
+    "cannon",
+    "dagger",
+]
 
 
 def _choose(rng: Random) -> Values:
@@ -105,8 +215,10 @@ FAMILIES = (
     ),
     family(
         "dice_ways",
-        lambda rng: (lambda k: {"k": k, "s": rng.randint(k + 1, 6 * k - 1), "f": 6})(rng.randint(2, 4))
-        | {"f": rng.choice([6, 8, 10])},
+        lambda rng: (
+            (lambda k: {"k": k, "s": rng.randint(k + 1, 6 * k - 1), "f": 6})(rng.randint(2, 4))
+            | {"f": rng.choice([6, 8, 10])}
+        ),
         plans="""
             We go through all outcomes of the dice and count the sum.
             We list every roll and count those with the wanted total.
@@ -118,7 +230,12 @@ FAMILIES = (
     ),
     family(
         "change_ways",
-        lambda rng: {"a": rng.choice([2, 3, 4]), "b": rng.choice([5, 6, 7]), "c": rng.choice([10, 11, 12, 15]), "n": rng.randint(20, 200)},
+        lambda rng: {
+            "a": rng.choice([2, 3, 4]),
+            "b": rng.choice([5, 6, 7]),
+            "c": rng.choice([10, 11, 12, 15]),
+            "n": rng.randint(20, 200),
+        },
         plans="""
             We count the ways coin by coin.
             We use a table of ways for every amount.

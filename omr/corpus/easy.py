@@ -78,7 +78,7 @@ FAMILIES = (
             We take the first digit.
             This asks for the leading digit.
         """,
-        codes=['print(str($n)[{{0||1}}])'],
+        codes=["print(str($n)[{{0||1}}])"],
         direct="""
             We read off the first digit: \\boxed{$answer}.
             The number starts with \\boxed{$answer}.
@@ -86,7 +86,11 @@ FAMILIES = (
     ),
     family(
         "num_digits",
-        lambda rng: {"n": rng.randint(10 ** rng.randint(0, 5), 10 ** 6 - 1) if rng.random() < 0.3 else rng.randint(*(lambda d: (10 ** (d - 1), 10**d - 1))(rng.randint(2, 6)))},
+        lambda rng: {
+            "n": rng.randint(10 ** rng.randint(0, 5), 10**6 - 1)
+            if rng.random() < 0.3
+            else rng.randint(*(lambda d: (10 ** (d - 1), 10**d - 1))(rng.randint(2, 6)))
+        },
         plans="""
             We count the digits.
             This asks how long the number is.

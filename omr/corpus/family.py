@@ -15,7 +15,7 @@ Wordings stand in wordings/GROUP.txt, a line each. They come in three kinds that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from string import Template
 
 Value = int | str | list[int] | list[str]
 Values = dict[str, Value]
-Draw = Callable[[Random], Values]
+Draw = Callable[[Random], Mapping[str, Value]]
 
 SYNONYMS = {
     "@F": ("Find", "Compute", "Calculate", "Determine", "Work out", "Find out"),
@@ -32,10 +32,50 @@ SYNONYMS = {
     "@T": ("Tell me", "Give", "State", "Write down", "Give me", "Report"),
 }
 NAMES = tuple(
-    "Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jack Kim Leo Mia Nora Omar Pia Quinn Rosa Sam Tina Uma Vera Will Zoe".split()
+    [
+        "Ada",
+        "Ben",
+        "Cleo",
+        "Dan",
+        "Eva",
+        "Finn",
+        "Gina",
+        "Hugo",
+        "Iris",
+        "Jack",
+        "Kim",
+        "Leo",
+        "Mia",
+        "Nora",
+        "Omar",
+        "Pia",
+        "Quinn",
+        "Rosa",
+        "Sam",
+        "Tina",
+        "Uma",
+        "Vera",
+        "Will",
+        "Zoe",
+    ]
 )
-ITEMS = tuple("apples pens books stamps marbles cards coins stickers cookies shells beads oranges".split())
-PLACES = tuple("shop school farm library market museum garden factory club park".split())
+ITEMS = tuple(
+    [
+        "apples",
+        "pens",
+        "books",
+        "stamps",
+        "marbles",
+        "cards",
+        "coins",
+        "stickers",
+        "cookies",
+        "shells",
+        "beads",
+        "oranges",
+    ]
+)
+PLACES = tuple(["shop", "school", "farm", "library", "market", "museum", "garden", "factory", "club", "park"])
 _CHOICE = re.compile(r"\[([^\[\]|]*(?:\|[^\[\]|]*)+)\]")
 _SLIP = re.compile(r"\{\{(.*?)\|\|(.*?)\}\}", re.DOTALL)
 

@@ -84,7 +84,10 @@ FAMILIES = (
             We add the squares of the coordinate differences.
             The squared distance needs no root.
         """,
-        codes=["print(($c - $a) ** 2 {{+||-}} ($d - $b) ** 2)", "dx = $c - $a\ndy = $d - $b\nprint(dx * dx {{+||-}} dy * dy)"],
+        codes=[
+            "print(($c - $a) ** 2 {{+||-}} ($d - $b) ** 2)",
+            "dx = $c - $a\ndy = $d - $b\nprint(dx * dx {{+||-}} dy * dy)",
+        ],
     ),
     family(
         "angle_sum",

@@ -108,7 +108,10 @@ FAMILIES = (
             We need the greatest common divisor.
             This asks for the gcd of the two numbers.
         """,
-        codes=["import math\nprint(math.{{gcd||lcm}}($a, $b))", "from math import gcd, lcm\nprint({{gcd||lcm}}($a, $b))"],
+        codes=[
+            "import math\nprint(math.{{gcd||lcm}}($a, $b))",
+            "from math import gcd, lcm\nprint({{gcd||lcm}}($a, $b))",
+        ],
     ),
     family(
         "lcm",
@@ -117,7 +120,10 @@ FAMILIES = (
             We need the least common multiple.
             This asks for the lcm of the two numbers.
         """,
-        codes=["import math\nprint(math.{{lcm||gcd}}($a, $b))", "from math import gcd\nprint($a * $b // {{gcd($a, $b)||gcd($a, $a)}})"],
+        codes=[
+            "import math\nprint(math.{{lcm||gcd}}($a, $b))",
+            "from math import gcd\nprint($a * $b // {{gcd($a, $b)||gcd($a, $a)}})",
+        ],
     ),
     family(
         "count_primes",
@@ -153,7 +159,10 @@ FAMILIES = (
             We read the digits in the given base.
             We convert from the given base to decimal.
         """,
-        codes=['print(int("$s", $b{{|| + 1}}))', 'n = 0\nfor d in "$s":\n    n = n * ($b{{|| + 1}}) + int(d)\nprint(n)'],
+        codes=[
+            'print(int("$s", $b{{|| + 1}}))',
+            'n = 0\nfor d in "$s":\n    n = n * ($b{{|| + 1}}) + int(d)\nprint(n)',
+        ],
     ),
     family(
         "simplify_fraction",
@@ -169,7 +178,9 @@ FAMILIES = (
     ),
     family(
         "decimal_sum",
-        gym("decimal_chain_sum", _expression, min_terms=2, max_terms=3, min_digits=1, max_digits=3, max_decimal_places=2),
+        gym(
+            "decimal_chain_sum", _expression, min_terms=2, max_terms=3, min_digits=1, max_digits=3, max_decimal_places=2
+        ),
         plans="""
             We use exact decimals.
             Decimal numbers need exact arithmetic.
@@ -197,7 +208,10 @@ FAMILIES = (
             We count a letter in a text.
             We count without regard to upper case.
         """,
-        codes=['print("$t".lower().count("$c"){{|| + 1}})', 'text = "$t"\nprint(sum(1 for x in text.lower() if x {{==||!=}} "$c"))'],
+        codes=[
+            'print("$t".lower().count("$c"){{|| + 1}})',
+            'text = "$t"\nprint(sum(1 for x in text.lower() if x {{==||!=}} "$c"))',
+        ],
     ),
     family(
         "big_product",

@@ -5,8 +5,9 @@
     tiny_math_wordings   376 problems      unseen split        wordings that no training document has
     dev, dev_wordings    376 problems each dev splits          choosing a seed or a recipe; generated, never published
 
-The three benchmarks are frozen as jsonl in omr/assets/benchmarks (id, problem, expected_answer, family, wording). The guard
-reads those files, so a later change of the generator cannot let a frozen problem slip into training.
+The three benchmarks are frozen as jsonl in omr/assets/benchmarks (id, problem, expected_answer, family, wording), made
+before the first training when every family had ten training wordings; more were added to training later, none here. The
+guard reads those files, so a later change of the generator cannot let a frozen problem slip into training.
 """
 
 from __future__ import annotations
@@ -47,7 +48,13 @@ def write_benchmarks(folder: Path) -> None:
     for name in SETS:
         lines = [
             json.dumps(
-                {"id": e.id, "problem": e.problem, "expected_answer": e.answer, "family": e.family, "wording": e.wording}
+                {
+                    "id": e.id,
+                    "problem": e.problem,
+                    "expected_answer": e.answer,
+                    "family": e.family,
+                    "wording": e.wording,
+                }
             )
             for e in made(name)
         ]

@@ -42,7 +42,10 @@ class Notebook:
 
 def traceback_text(error: Exception, code: str, rng: Random) -> str:
     """An error as an interpreter shows it. Interpreters differ in the lines before the last, so several forms occur."""
-    name, last = rng.choice(("<cell>", "<stdin>", "<string>", "<block 1>", "cell.py")), f"{type(error).__name__}: {error}\n"
+    name, last = (
+        rng.choice(("<cell>", "<stdin>", "<string>", "<block 1>", "cell.py")),
+        f"{type(error).__name__}: {error}\n",
+    )
     trace, line_no = error.__traceback__, 1
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<cell>":

@@ -106,7 +106,10 @@ FAMILIES = (
             We add the digits of the number.
             We go through the digits and add them.
         """,
-        codes=['print(sum(int(d) for d in str($n){{||[1:]}}))', 'digits = [int(d) for d in str($n)]\nprint(sum(digits{{||[1:]}}))'],
+        codes=[
+            "print(sum(int(d) for d in str($n){{||[1:]}}))",
+            "digits = [int(d) for d in str($n)]\nprint(sum(digits{{||[1:]}}))",
+        ],
         stumble=None,
     ),
     family(
@@ -147,7 +150,9 @@ FAMILIES = (
     ),
     family(
         "multiples_count",
-        lambda rng: (lambda a: {"a": a, "b": a + rng.randint(200, 4000), "k": rng.randint(3, 29)})(rng.randint(1, 3000)),
+        lambda rng: (lambda a: {"a": a, "b": a + rng.randint(200, 4000), "k": rng.randint(3, 29)})(
+            rng.randint(1, 3000)
+        ),
         plans="""
             We count the multiples in the range.
             We test every number of the range for divisibility.
@@ -187,11 +192,15 @@ FAMILIES = (
             We convert the number to base two.
             We need the binary digits of the number.
         """,
-        codes=['print(bin($n{{||+ 1}})[2:])', 'print(format($n{{||+ 1}}, "b"))'],
+        codes=["print(bin($n{{||+ 1}})[2:])", 'print(format($n{{||+ 1}}, "b"))'],
     ),
     family(
         "from_hex",
-        lambda rng: {"h": rng.choice("123456789abcdef") + "".join(rng.choice("0123456789abcdef") for _ in range(rng.randint(1, 2))) + rng.choice("abcdef")},
+        lambda rng: {
+            "h": rng.choice("123456789abcdef")
+            + "".join(rng.choice("0123456789abcdef") for _ in range(rng.randint(1, 2)))
+            + rng.choice("abcdef")
+        },
         plans="""
             We convert a hexadecimal number to decimal.
             We read the digits in base sixteen.

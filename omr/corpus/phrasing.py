@@ -78,7 +78,35 @@ _REMARKS = (
     "Only the result counts.",
     "Use what you know.",
 )
-_SMALL = frozenset("the a an of is are do does that this there then and you we it in to for by with on at be its".split())
+_SMALL = frozenset(
+    [
+        "the",
+        "a",
+        "an",
+        "of",
+        "is",
+        "are",
+        "do",
+        "does",
+        "that",
+        "this",
+        "there",
+        "then",
+        "and",
+        "you",
+        "we",
+        "it",
+        "in",
+        "to",
+        "for",
+        "by",
+        "with",
+        "on",
+        "at",
+        "be",
+        "its",
+    ]
+)
 _SWAPS = {
     "number": ("integer", "value", "whole number"),
     "numbers": ("integers", "values", "whole numbers"),
@@ -208,9 +236,7 @@ def noisy(problem: str, rng: Random) -> str:
     return text
 
 
-def _disturbed(
-    words: list[str], rng: Random, drop: float, swap: float, lose: float, stray: float
-) -> Iterator[str]:
+def _disturbed(words: list[str], rng: Random, drop: float, swap: float, lose: float, stray: float) -> Iterator[str]:
     """`drop`: chance that a small word is lost; `lose`: any word; `swap`: by a synonym; `stray`: one put in, or for it."""
     quoted = False
     for word in words:

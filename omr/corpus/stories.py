@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from omr.corpus.family import Stumble, TwoCalls, Values, family, ints
+from omr.corpus.family import Stumble, Values, family, ints
 
 
 def _text(rng: Random) -> Values:
@@ -58,7 +58,9 @@ FAMILIES = (
     ),
     family(
         "change_back",
-        lambda rng: (lambda n, p: {"n": n, "p": p, "m": n * p + rng.randint(1, 300)})(rng.randint(2, 30), rng.randint(3, 60)),
+        lambda rng: (lambda n, p: {"n": n, "p": p, "m": n * p + rng.randint(1, 300)})(
+            rng.randint(2, 30), rng.randint(3, 60)
+        ),
         plans="""
             We subtract the cost of all items from the amount.
             What is used is a product, the rest is a difference.
@@ -119,7 +121,10 @@ FAMILIES = (
             We turn both times into minutes and subtract.
             Both times are counted in minutes from midnight.
         """,
-        codes=["start = $a * 60 {{+||-}} $b\nend = $c * 60 + $d\nprint(end - start)", "print(($c - $a) * 60 {{+||-}} ($d - $b))"],
+        codes=[
+            "start = $a * 60 {{+||-}} $b\nend = $c * 60 + $d\nprint(end - start)",
+            "print(($c - $a) * 60 {{+||-}} ($d - $b))",
+        ],
     ),
     family(
         "seconds",
@@ -132,7 +137,15 @@ FAMILIES = (
     ),
     family(
         "days_between",
-        lambda rng: (lambda m: {"y": rng.randint(1950, 2060), "m": m, "d": rng.randint(1, 28), "n": rng.randint(m + 1, 12), "e": rng.randint(1, 28)})(rng.randint(1, 11)),
+        lambda rng: (
+            lambda m: {
+                "y": rng.randint(1950, 2060),
+                "m": m,
+                "d": rng.randint(1, 28),
+                "n": rng.randint(m + 1, 12),
+                "e": rng.randint(1, 28),
+            }
+        )(rng.randint(1, 11)),
         plans="""
             We subtract two dates.
             The difference of two dates is a number of days.
@@ -161,7 +174,10 @@ FAMILIES = (
             We sort the list and take the middle.
             The median is the middle of the sorted list.
         """,
-        codes=["xs = sorted($xs)\nprint(xs[len(xs) // 2{{|| - 1}}])", "xs = $xs\nxs.sort()\nprint(xs[len(xs) // 2{{|| - 1}}])"],
+        codes=[
+            "xs = sorted($xs)\nprint(xs[len(xs) // 2{{|| - 1}}])",
+            "xs = $xs\nxs.sort()\nprint(xs[len(xs) // 2{{|| - 1}}])",
+        ],
     ),
     family(
         "spread",
@@ -179,7 +195,10 @@ FAMILIES = (
             We count the numbers above the limit.
             We go through the list and count.
         """,
-        codes=["xs = $xs\nprint(sum(1 for x in xs if x {{>||<}} $k))", "xs = $xs\nprint(len([x for x in xs if x {{>||<}} $k]))"],
+        codes=[
+            "xs = $xs\nprint(sum(1 for x in xs if x {{>||<}} $k))",
+            "xs = $xs\nprint(len([x for x in xs if x {{>||<}} $k]))",
+        ],
     ),
     family(
         "even_sum",
@@ -188,7 +207,10 @@ FAMILIES = (
             We add only the even numbers.
             We test each number for being even and add.
         """,
-        codes=["xs = $xs\nprint(sum(x for x in xs if x % 2 == {{0||1}}))", "xs = $xs\ntotal = 0\nfor x in xs:\n    if x % 2 == {{0||1}}:\n        total += x\nprint(total)"],
+        codes=[
+            "xs = $xs\nprint(sum(x for x in xs if x % 2 == {{0||1}}))",
+            "xs = $xs\ntotal = 0\nfor x in xs:\n    if x % 2 == {{0||1}}:\n        total += x\nprint(total)",
+        ],
     ),
     family(
         "text_total",
