@@ -115,6 +115,8 @@ class Training:
         if cut:
             tokens, coverage = frequent_tokens(self.kept, vocab, cut)
             drafter.set_draft_tokens(torch.from_numpy(tokens))
+        if self.how.start.value == "base":
+            drafter.start_from(self.base.embed.weight.cpu(), self.base_matrix.cpu())
         drafter.to(self.device)
         drafter.attach(self.base_matrix)
         return drafter, coverage

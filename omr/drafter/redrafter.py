@@ -51,19 +51,26 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
+class Start(Enum):
+    base = "base"
+    random = "random"
+
+
 @dataclass(kw_only=True)
 class Train:
     """How the head is trained: part of its recipe, so every field here is part of its artifact key."""
 
-    rows: int = 6000
-    """Documents read, held-out ones included. The pipeline reads 100,000; 20,000 are enough for a good head."""
+    rows: int = 2500
+    """Documents read, held-out ones included. Enough for the embedded model; a large model wants 20,000 or more."""
     max_length: int = 2048
     """Longest document, in tokens; longer ones are cut."""
     epochs: int = 1
-    batch_rows: int = 8
-    """Documents per forward. The pipeline's step is 8 documents too: 1 x 4 accumulated x 2 GPUs."""
+    batch_rows: int = 4
+    """Documents per forward."""
     accumulation: int = 1
-    """Forwards per optimiser step."""
+    """Forwards per optimiser step, over all processes. The pipeline's step is 1 document x 4 on each of 2 GPUs."""
+    start: Start = Start.base
+    """base: output matrix and scale of the state start from the base's own; random: as in the reference."""
     lr: float = 1e-3
     schedule: Schedule = Schedule.cosine
     warmup: float = 0.1

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omr.errors import ConfigError, InputError
-from omr.nn.draft_head import HEADS, DraftHead, PackedHead, make_head
+from omr.nn.draft_head import HEADS, BaseHead, DraftHead, FullHead, PackedHead, make_head
 from omr.nn.eight_bit import eight_bit
 
 MODEL_TYPE = "recurrent_drafting_drafter"
@@ -179,6 +179,25 @@ class Redrafter(nn.Module):
         """Give head=base the base's (V, H) output matrix. It is shared, not copied, unless the vocabulary is cut."""
         tokens = self.draft_tokens
         self.head.attach(output_matrix if tokens is None else output_matrix[tokens])
+
+    @torch.no_grad()
+    def start_from(self, embedding: Tensor, output_matrix: Tensor) -> None:
+        """Replace parts of the random initialisation by what the base knows, so that less text is needed.
+
+        `rnn_w` is scaled so that embeddings, which are small in many models, enter the state at order 1; the output
+        starts as the base's own, read from the state half of x (Medusa's initialisation, arXiv 2401.10774; the context
+        half, from which the base predicts the token that is already known, starts at 0). Tensors (V, H).
+        """
+        h, e = self.config.hidden_size, self.config.exit_dim
+        if self.rnn_w is not None:
+            self.rnn_w.weight.div_(embedding.float().std())
+        if isinstance(self.head, FullHead) and e >= h:
+            tokens = self.draft_tokens
+            self.head.weight[:, : e - h] = 0
+            self.head.weight[:, e - h :] = output_matrix if tokens is None else output_matrix[tokens]
+        if isinstance(self.head, BaseHead) and e >= h:
+            self.head.proj.weight.zero_()
+            self.head.proj.weight[:, e - h :] = torch.eye(h)
 
     def to_eight_bit(self) -> None:
         """Run input_proj, blocks and output matrix in 8 bits from now on; such a head drafts but is not saved."""

@@ -27,7 +27,7 @@ from omr.nn.redrafter import load_redrafter
 from omr.option import fields_of, from_fields
 
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
-SHORT = Train(rows=300, lr=3e-3, held_out=30)
+SHORT = Train(rows=300, lr=3e-3, held_out=30, batch_rows=8)
 
 
 def fit(option: Redrafter, base: Path, text: Path, out: Path) -> dict[str, float]:
@@ -77,7 +77,7 @@ RUN = """
 import sys
 from pathlib import Path
 from omr.drafter.redrafter import Redrafter, Train
-how = Train(rows=300, lr=3e-3, held_out=30, epochs=12, checkpoint_min=0)
+how = Train(rows=300, lr=3e-3, held_out=30, batch_rows=8, epochs=12, checkpoint_min=0)
 Redrafter(train=how).fit(*map(Path, sys.argv[1:4]), "cpu")
 """
 
