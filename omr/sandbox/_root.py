@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Iterator
 
 from omr.sandbox import _landlock, _linux
@@ -18,7 +19,6 @@ from omr.sandbox import _landlock, _linux
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/dev/random")
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/usr/libexec", "/usr/share/zoneinfo", "/lib", "/lib64", "/lib32")
 _PROGRAMS = ("/usr/bin", "/bin")
-_MAX_DEPTH = 1_000_000
 _STAGE = "/tmp"  # any folder that exists everywhere; covered in a mount namespace of our own only
 
 
@@ -83,33 +83,41 @@ class View:
             _linux.bind_read_only(source, path)
 
 
-def remove_tree(folder: str) -> None:
-    """Remove what a session left, whatever its depth or permissions. The session must be dead.
+def remove_tree(folder: str, within_s: float = float("inf")) -> bool:
+    """Remove what a session left, whatever its depth or permissions; False if time ran out first. The session is dead.
 
     Subfolders are first moved up to `folder`: no path grows long, and no recursion follows the depth.
     """
+    deadline = time.monotonic() + within_s
     for count in itertools.count():
         try:
             entries = list(os.scandir(folder))
+            if not entries:
+                os.rmdir(folder)
+                return True
         except OSError:
-            return
-        if not entries:
-            break
+            return True
         for entry in entries:
+            if time.monotonic() > deadline:
+                return False
             with contextlib.suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):
-                    os.chmod(entry.path, 0o700)
-                    for child in list(os.scandir(entry.path)):
-                        if child.is_dir(follow_symlinks=False):
-                            os.rename(child.path, os.path.join(folder, f"{count}-{child.inode()}"))
-                        else:
-                            os.unlink(child.path)
-                    os.rmdir(entry.path)
+                    _empty_folder(entry.path, folder, str(count))
                 else:
                     os.unlink(entry.path)
-        if count > _MAX_DEPTH:
-            return
-    os.rmdir(folder)
+    raise AssertionError("count never ends")
+
+
+def _empty_folder(path: str, above: str, prefix: str) -> None:
+    """Remove `path`, its subfolders moved to `above` under new names."""
+    os.chmod(path, 0o700)
+    with os.scandir(path) as children:
+        for number, child in enumerate(list(children)):
+            if child.is_dir(follow_symlinks=False):
+                os.rename(child.path, os.path.join(above, f"{prefix}-{number}-{child.inode()}"))
+            else:
+                os.unlink(child.path)
+    os.rmdir(path)
 
 
 def _within(path: str, folder: str) -> bool:

@@ -29,6 +29,8 @@ from omr.sandbox._cage import TIERS, Bare, Limits
 from omr.sandbox._linux import StepError
 from omr.sandbox._root import View, remove_tree
 
+_REMOVAL_S = 2.0
+
 
 def main(control: int) -> NoReturn:
     """The watcher, from its first line to its last."""
@@ -157,7 +159,8 @@ def _bury(scratch_root: str) -> None:
             os.waitpid(-1, 0)
         except ChildProcessError:
             break
-    if scratch_root:
+    if scratch_root and not remove_tree(scratch_root, _REMOVAL_S) and os.fork() == 0:
+        os.setsid()  # the owner waits for this process: a child goes on with a large folder
         remove_tree(scratch_root)
 
 

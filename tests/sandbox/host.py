@@ -1,4 +1,4 @@
-"""Targets on the host for attacks, and the bare subprocess that they succeed in."""
+"""Targets on the host for attacks, the bare subprocess that they succeed in, and a look at processes from outside."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from omr.sandbox import _syscalls
 from omr.sandbox._client import SessionLimits
+from omr.sandbox._memory import tree
 
 SECRET = "swordfish-4711"
+ROOT = Path(__file__).parents[2]
 
 
 def limits(**changes: object) -> SessionLimits:
@@ -149,3 +152,28 @@ def run_bare(code: str, cwd: Path, timeout_s: float = 20.0, *, keep_output: bool
         os.killpg(child.pid, 9)
         output, _ = child.communicate()
         return (output or b"").decode(errors="replace"), None
+
+
+def running(root: int) -> dict[int, str]:
+    """A process and its descendants, each with its start time: pids are used again."""
+    return {pid: start_time(pid) for pid in tree(root)}
+
+
+def living(pids: dict[int, str]) -> list[int]:
+    """Those of `pids` (with their start times) that still run."""
+    return [pid for pid, before in pids.items() if before and start_time(pid) == before]
+
+
+def start_time(pid: int) -> str:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def gone(pids: dict[int, str], within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while living(pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not living(pids)

@@ -156,7 +156,9 @@ FORGERIES = {
 }
 
 
-@pytest.mark.parametrize("name", FORGERIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "huge_length" else [pytest.mark.slow]) for n in FORGERIES]
+)
 def test_forged_messages_harm_only_the_forger(name: str, client: LocalClient) -> None:
     async def body() -> None:
         forger, sibling = client.session(), client.session()

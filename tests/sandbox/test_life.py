@@ -14,11 +14,9 @@ import pytest
 
 from omr.sandbox import Outcome
 from omr.sandbox._client import LocalClient, start
-from omr.sandbox._memory import tree
+from omr.sandbox._root import remove_tree
 
-from .host import limits
-
-ROOT = Path(__file__).parents[2]
+from .host import ROOT, gone, limits, living, running
 
 OWNER = """
 import asyncio, sys, time
@@ -38,26 +36,6 @@ async def body(client):
 with Local(isolation=Isolation[sys.argv[1]]).launch(Path(sys.argv[2])) as client:
     asyncio.run(body(client))
 """
-
-
-def living(pids: dict[int, str]) -> list[int]:
-    """Those of `pids` (with their start times) that still run."""
-    return [pid for pid, start_time in pids.items() if start_time and _start_time(pid) == start_time]
-
-
-def _start_time(pid: int) -> str:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
-
-
-def gone(pids: dict[int, str], within_s: float = 5.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while living(pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not living(pids)
 
 
 @pytest.mark.slow
@@ -82,7 +60,8 @@ def test_nothing_outlives_the_owner(tier: str, end: str, tmp_path: Path) -> None
     assert owner.stdout is not None
     with owner.stdout as output:
         assert output.readline() == b"ready\n"
-        pids = {pid: _start_time(pid) for pid in tree(owner.pid) if pid != owner.pid}
+        pids = running(owner.pid)
+        pids.pop(owner.pid)
         if end in ("kill", "kill_group", "interrupt"):
             assert len(living(pids)) >= 8  # watcher, keeper, zygote, three sessions, a shell and its sleep
         if end == "kill":
@@ -96,13 +75,14 @@ def test_nothing_outlives_the_owner(tier: str, end: str, tmp_path: Path) -> None
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_a_dead_zygote_is_replaced(tmp_path: Path) -> None:
     async def body(client: LocalClient) -> list[Outcome]:
         session, other = client.session(), client.session()
         try:
             outcomes = [await session.execute("x = 1"), await other.execute("y = 1")]
             watcher = client._zygote._watcher
-            pids = {pid: _start_time(pid) for pid in tree(watcher.pid)}
+            pids = running(watcher.pid)
             os.kill(list(pids)[1], signal.SIGKILL)  # the keeper, and the zygote with it
             assert gone(pids)
             outcomes.append(await session.execute("x"))
@@ -125,7 +105,7 @@ def test_a_dead_zygote_is_replaced(tmp_path: Path) -> None:
 def test_leaving_early_does_not_wait_for_imports(tmp_path: Path) -> None:
     started = time.monotonic()
     with start(("namespace", "landlock"), limits(), tmp_path) as client:
-        pids = {pid: _start_time(pid) for pid in tree(client._zygote._watcher.pid)}
+        pids = running(client._zygote._watcher.pid)
     assert gone(pids)
     assert time.monotonic() - started < 4.0
 
@@ -134,7 +114,7 @@ def test_leaving_early_does_not_wait_for_imports(tmp_path: Path) -> None:
 def test_scratch_folders_go_with_their_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = (
         "import os\nfor _ in range(3000):\n    os.mkdir('d'); os.chdir('d')\nopen('f', 'w').close()\n"
-        "os.symlink('/', 'root')\nos.chmod('.', 0) if False else None"
+        "os.symlink('/', 'root')"
     )
 
     async def body(client: LocalClient) -> Outcome:
@@ -148,4 +128,30 @@ def test_scratch_folders_go_with_their_sessions(tmp_path: Path, monkeypatch: pyt
     with start(("landlock",), limits(), tmp_path / "log") as client:
         outcome = asyncio.run(body(client))
     assert outcome.status == "completed", outcome
-    assert Path("/etc").is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["log"]
+    assert Path("/etc").is_dir()  # the link was removed, not followed
+
+
+def test_removing_a_hostile_folder(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("x")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    start_folder = os.getcwd()
+    os.chdir(folder)
+    try:
+        for number in range(300):  # longer than any path may be
+            os.mkdir("deep" * 5)
+            os.chdir("deep" * 5)
+            if number % 50 == 0:
+                Path("file").touch()
+                os.symlink(outside, "link")
+        os.chmod(".", 0)
+    finally:
+        os.chdir(start_folder)
+    assert remove_tree(str(folder), 0.0) is False
+    assert remove_tree(str(folder)) is True
+    assert not folder.exists()
+    assert (outside / "kept").read_text() == "x"
+    assert remove_tree(str(folder)) is True

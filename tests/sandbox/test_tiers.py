@@ -12,7 +12,7 @@ import pytest
 from omr.errors import MissingBackend
 from omr.sandbox import _client
 
-ROOT = Path(__file__).parents[2]
+from .host import ROOT
 
 PROLOGUE = """
 import asyncio, errno, os, sys
