@@ -30,7 +30,7 @@ METRICS: dict[str, str] = {
     "accuracy/pass_at_1": "share of graded generations that are right, averaged over problems; unanswered is wrong",
     "accuracy/pass_at_1_low": "lower end of its 95 % interval (bootstrap over problems; Wilson if all are 0 or 1)",
     "accuracy/pass_at_1_high": "upper end of the same interval",
-    "accuracy/pass_at_{k}": "unbiased pass@k (Chen et al. 2021); absent unless every problem has k generations",
+    "accuracy/pass_at_{k}": "unbiased pass@k (Chen et al. 2021); absent after early stops or with fewer than k",
     "accuracy/maj_at_{k}": "expected share of right majorities of k generations, ties shared; absent after early stops",
     "accuracy/maj": "share of problems whose vote over all kept generations is right, early-stopped votes included",
     "accuracy/maj_low": "lower end of its 95 % Wilson interval",

@@ -155,6 +155,11 @@ def _accuracy(metrics: Mapping[str, float], records: Sequence[Record]) -> list[s
         note = " (expected, ties shared)" if kind == "maj" else ""
         lines += [f"| {kind}@{k}{note} | {points(f'{prefix}{k}')} | |" for k in ks if k > 1]
     lines += [f"| no answer | {points('accuracy/no_answer')} | |", f"| truncated | {points('accuracy/truncated')} | |"]
+    if any(r.stopped for r in records):
+        lines += [
+            "",
+            "Problems were stopped early: pass@1 is over the generations kept, and pass@k and maj@k are left out.",
+        ]
     n = int(metrics["accuracy/problems"])
     lines += ["", f"A set of {n} problems: {power_note(n)}"]
     return lines

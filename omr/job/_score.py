@@ -4,8 +4,8 @@ Everything here is a function of the rows in samples.jsonl and of how each probl
 with another grader or another vote, without generating anything. Metric names and denominators are those of the table
 in tracker.py. What is refused rather than guessed:
   - pass@k and maj@k where some problem has fewer than k generations;
-  - maj@k where problems were stopped early: the first to finish are a biased sample. `accuracy/maj` is the vote that
-    was really cast, and carries the label of the policy.
+  - both where problems were stopped early: how many generations a problem has then depends on what they said.
+    `accuracy/maj` is the vote that was really cast, and carries the label of the policy.
 """
 
 from __future__ import annotations
@@ -119,17 +119,16 @@ def accuracy(graded: Sequence[Record]) -> dict[str, float]:
         "accuracy/problems": len(graded),
         "accuracy/generations": sum(len(record.rows) for record in graded),
     }
-    fewest = min(len(record.rows) for record in graded)
-    stopped = any(record.stopped for record in graded)
-    for k in sizes(fewest):
+    if any(record.stopped for record in graded):
+        return metrics
+    for k in sizes(min(len(record.rows) for record in graded)):
         metrics[f"accuracy/pass_at_{k}"] = fmean(stats.pass_at_k(len(r.rows), r.right, k) for r in graded)
-        if not stopped:
-            metrics[f"accuracy/maj_at_{k}"] = fmean(
-                stats.maj_at_k(
-                    [_key(ballot_of(row)) for row in r.rows], [bool(row.get("symbolic_correct")) for row in r.rows], k
-                )
-                for r in graded
+        metrics[f"accuracy/maj_at_{k}"] = fmean(
+            stats.maj_at_k(
+                [_key(ballot_of(row)) for row in r.rows], [bool(row.get("symbolic_correct")) for row in r.rows], k
             )
+            for r in graded
+        )
     return metrics
 
 

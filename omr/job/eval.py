@@ -220,15 +220,14 @@ def about(run: Run, planned: int) -> dict[str, Any]:
     """What the numbers are numbers of, for report.md and metrics.json."""
     cfg, job = run.cfg, run.cfg.job
     assert isinstance(job, Eval)
-    policy = {
-        "first": job.stop_after,
-        "decided": job.stop_when_decided or None,
-        "agreement": job.stop_at_agreement,
-        "boxed": job.stop_at_boxed or None,
-        "time_budget_s": job.time_budget_s,
-        "time_buffer_s": job.time_buffer_s or None,
-        "deadline_s": job.deadline_s,
-    }
+    policy = [
+        f"first {job.stop_after} finished" if job.stop_after else "",
+        "majority decided" if job.stop_when_decided else "",
+        f"{job.stop_at_agreement:.0%} agree after {job.agreement_after}" if job.stop_at_agreement else "",
+        "stop at the boxed answer" if job.stop_at_boxed else "",
+        f"{job.time_budget_s:g} s + {job.time_buffer_s:g} s a problem" if job.time_budget_s else "",
+        f"{job.deadline_s:g} s in all" if job.deadline_s else "",
+    ]
     return {
         "title": f"{cfg.benchmark.name}: {cfg.model.name} {cfg.quant.option_name} {cfg.drafter.option_name}",
         "server": f"{cfg.server.option_name} on {cfg.device_name()}",
@@ -236,7 +235,7 @@ def about(run: Run, planned: int) -> dict[str, Any]:
         f"max_tokens {cfg.sampling.max_tokens}, seed {cfg.sampling.seed}",
         "generations per problem": planned,
         "tools": f"up to {job.max_code_executions} executions" if job.uses_tools else "off",
-        "stop policy": ", ".join(f"{name} {value}" for name, value in policy.items() if value is not None) or "none",
+        "stop policy": ", ".join(part for part in policy if part) or "none",
         "vote weight": job.vote.name,
         "run": run.tracker.run_id,
         "fingerprint": run.fingerprint,

@@ -111,15 +111,17 @@ class Solver:
     async def _race(
         self, task: Task, missing: Sequence[int], ballots: list[Ballot], live: dict[int, Transcript]
     ) -> str | None:
-        pending = {asyncio.create_task(self._attempt(task, sample, live)) for sample in missing}
+        waiting = list(reversed(missing))
+        pending: set[asyncio.Task[Ballot]] = set()
         try:
-            while pending:
+            while not (reason := self._policy.reason(ballots)):
+                while waiting and len(pending) < self._policy.needed(ballots):
+                    pending.add(asyncio.create_task(self._attempt(task, waiting.pop(), live)))
+                if not pending:
+                    return None
                 finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 ballots.extend(sorted((t.result() for t in finished), key=lambda b: b.sample))
-                reason = self._policy.reason(ballots)
-                if reason:
-                    return reason
-            return None
+            return reason
         finally:
             for other in pending:
                 other.cancel()

@@ -148,6 +148,23 @@ class StopPolicy:
                 return f"agreement after {done} of {self.planned}"
         return None
 
+    def needed(self, ballots: Sequence[Ballot]) -> int:
+        """How many further generations are worth having in flight: the fewest that could end the problem.
+
+        If the vote may end early by agreeing, more than that would be begun only to be cancelled in the likely case.
+        First-K alone is a race on purpose: all that are planned start at once.
+        """
+        remaining = self.planned - len(ballots)
+        if remaining <= 0 or not (self.when_decided or self.agreement is not None):
+            return remaining
+        leader = majority(ballots, self.weight).answer or "the first answer"
+        hoped = list(ballots)
+        for more in range(1, remaining):
+            hoped.append(Ballot(sample=self.planned + more, answer=leader))
+            if self.reason(hoped):
+                return more
+        return remaining
+
 
 class TimeBank:
     """The contest's clock: every problem has a budget, and what it leaves unused the next ones may draw on.

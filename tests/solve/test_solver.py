@@ -92,9 +92,15 @@ def test_a_decided_vote_starts_no_more_and_counts_what_it_saved() -> None:
     client = by_seed(lambda sample: "7")
     solved, kept = solve(client, StopPolicy(planned=16, when_decided=True), max_concurrent=1)
     assert len(kept) == 9 and solved.stopped == "decided after 9 of 16"
-    assert (solved.cancelled, solved.not_started) in ((0, 7), (1, 6))
-    usual = kept[0][2].num_tokens
-    assert solved.saved_tok == pytest.approx(7 * usual, abs=usual)
+    assert (solved.cancelled, solved.not_started, solved.spent_tok) == (0, 7, 0)
+    assert solved.saved_tok == 7 * kept[0][2].num_tokens
+
+
+@pytest.mark.parametrize("slots", [1, 4, 16])
+def test_agreement_begins_no_generation_that_it_would_cancel(slots: int) -> None:
+    client = by_seed(lambda sample: "7")
+    solved, kept = solve(client, StopPolicy(planned=16, agreement=0.9, agreement_after=4), max_concurrent=slots)
+    assert len(kept) == 4 and solved.cancelled == 0 and len(client.requests) == 4
 
 
 def test_what_an_earlier_run_finished_is_not_asked_again() -> None:

@@ -108,6 +108,22 @@ def test_policies_give_reasons_only_when_their_condition_holds(cast: list[Ballot
         assert (agreed is not None) == (len(done) >= 3 and majority(done).share >= 0.75)
 
 
+@given(ballots(), st.integers(1, 14), st.booleans(), st.sampled_from([None, 0.6, 0.9]))
+def test_what_is_needed_is_the_least_that_could_end_it(
+    cast: list[Ballot], planned: int, when_decided: bool, agreement: float | None
+) -> None:
+    policy = StopPolicy(planned=planned, when_decided=when_decided, agreement=agreement)
+    done = cast[:planned]
+    needed, remaining = policy.needed(done), planned - len(done)
+    assert 0 <= needed <= remaining and (needed >= 1 or remaining == 0)
+    if policy.reason(done) or not (when_decided or agreement):
+        return
+    answers = sorted({b.answer for b in done if b.answer} | {"new"})
+    for fewer in range(1, needed):  # no votes for any one answer end it sooner
+        for answer in answers:
+            assert policy.reason([*done, *(Ballot(sample=99 + i, answer=answer) for i in range(fewer))]) is None
+
+
 @pytest.mark.parametrize(
     "values",
     [
