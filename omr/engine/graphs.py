@@ -90,7 +90,10 @@ class GraphRunner(Runner):
         self.inputs.top_k.fill_(self.vocab_size)
         self.inputs.top_p.fill_(1.0)
         self.drawn = torch.zeros(most, 2 + self.num_draft_tok, dtype=torch.int64, device=self.device)
+        # Pinned copies on the host, safe to write to because every step ends with a read-back.
         self._newest = torch.zeros(2, most, dtype=torch.int64, pin_memory=True)
+        self._tables = torch.zeros(most, self.width, dtype=torch.int32, pin_memory=True)
+        self._newest_np, self._tables_np = self._newest.numpy(), self._tables.numpy()
         self._graphs: dict[tuple[int, str, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._members: list[int] = []
@@ -141,14 +144,16 @@ class GraphRunner(Runner):
                 (inputs.min_p, [r.min_p for r in requests], 0.0),
             ):
                 tensor[:bucket] = torch.tensor(values + [filler] * pad, dtype=tensor.dtype)
-        if members != self._members or num_blocks != self._num_blocks:
-            table = torch.full((bucket, self.width), NULL_BLOCK, dtype=torch.int32)
-            for index, seq in enumerate(seqs):
-                table[index, : len(seq.blocks)] = torch.tensor(seq.blocks, dtype=torch.int32)
-            inputs.tables[:bucket] = table
+            self._tables_np[:bucket] = NULL_BLOCK
+            self._num_blocks = [0] * len(seqs)
+        if num_blocks != self._num_blocks:
+            for index, (seq, known) in enumerate(zip(seqs, self._num_blocks, strict=True)):
+                if len(seq.blocks) != known:
+                    self._tables_np[index, known : len(seq.blocks)] = seq.blocks[known:]
+            inputs.tables[:bucket].copy_(self._tables[:bucket], non_blocking=True)
         self._members, self._num_blocks = members, num_blocks
-        newest = [[seq.tokens[-1] for seq in seqs] + [0] * pad, [len(seq.tokens) - 1 for seq in seqs] + [0] * pad]
-        self._newest[:, :bucket] = torch.tensor(newest)
+        self._newest_np[0, :bucket] = [seq.tokens[-1] for seq in seqs] + [0] * pad
+        self._newest_np[1, :bucket] = [len(seq.tokens) - 1 for seq in seqs] + [0] * pad
         inputs.newest.copy_(self._newest, non_blocking=True)
 
     def _graph(self, bucket: int, kind: str, new: int) -> torch.cuda.CUDAGraph:
