@@ -238,7 +238,7 @@ def test_a_quantised_base_is_refused(base: Path, text: Path, tmp_path: Path) -> 
     "values", [{"lr": 0}, {"epochs": -1}, {"warmup": 1.0}, {"tokens_per_step": 0}, {"grad_clip": -1}, {"beta2": 1.0}]
 )
 def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="job.recipe"):
+    with pytest.raises(ConfigError, match=r"job.recipe"):
         Recipe(**values)
 
 
