@@ -41,6 +41,10 @@ def main(argv: list[str]) -> int:
         seed=args.seed,
     )
     local.preflight()
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"omr sandbox: whoever reaches {args.host} can run code here: no one is asked who they are", file=sys.stderr
+        )
     with _listen(args.host, args.port) as listener:
         asyncio.run(_serve(local, listener, args))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import resource
 import socket
@@ -247,6 +248,16 @@ def start(
         yield client
     finally:
         client.close()
+
+
+@functools.cache
+def probe(tiers: tuple[str, ...]) -> str:
+    """The first of `tiers` that a trial session gets through here. Raises MissingBackend, as `start` would."""
+    limits = SessionLimits(
+        timeout_s=1, output_chars=1, session_s=0, memory_bytes=1 << 28, scratch_bytes=1 << 20, seed=None
+    )
+    with start(tiers, limits, None, spares=0) as client:
+        return client.tier
 
 
 def explain(refusals: list[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
+from typing import Any
 
 WIDTH = 79
 _MAX_ELEMENTS = 1000
@@ -47,14 +48,16 @@ def _pretty(value: object, indent: int, depth: int) -> str:
     if type(value) not in (list, tuple, set, frozenset, dict) or depth > _MAX_DEPTH or not value:
         return repr(value)
     assert isinstance(value, list | tuple | set | frozenset | dict)
+    items: Iterable[object] = _sorted(value) if isinstance(value, set | frozenset) else value
     if len(value) <= _MAX_ELEMENTS:
         line = repr(value)
+        if isinstance(value, set | frozenset):
+            line = ", ".join(map(repr, items)).join(_BRACKETS[type(value).__name__])
         if len(line) + indent <= WIDTH and "\n" not in line:
             return line
     opening, closing = _BRACKETS[type(value).__name__]
     indent += len(opening)
     parts: list[str] = []
-    items: Iterable[object] = value
     for number, item in enumerate(items):
         if number == _MAX_ELEMENTS:
             parts.append("...")
@@ -69,8 +72,17 @@ def _pretty(value: object, indent: int, depth: int) -> str:
     return opening + (",\n" + " " * indent).join(parts) + closing
 
 
+def _sorted(items: Iterable[Any]) -> list[Any]:
+    """Elements of a set in an order that does not depend on hashes, where they have one."""
+    try:
+        return sorted(items)
+    except TypeError:
+        return list(items)
+
+
 def format_exception(error: BaseException, verbosity: str, *, own_file: str, parsing: bool = False) -> str:
-    """The text shown for `error`. Frames of `own_file` (the runner) are left out; `parsing`: the block never ran."""
+    """The text shown for `error`. Frames of this file and of `own_file` (the runner) are left out; `parsing`: the block
+    never ran."""
     if verbosity == "Minimal":
         return _last_line(error)
     if verbosity in ("Context", "Verbose"):
@@ -124,7 +136,7 @@ def _syntax_lines(error: BaseException) -> str:
 
 def _walk(tb: TracebackType | None, own_file: str) -> Iterator[tuple[FrameType, int]]:
     while tb is not None:
-        if tb.tb_frame.f_code.co_filename != own_file:
+        if tb.tb_frame.f_code.co_filename not in (own_file, __file__):
             yield tb.tb_frame, tb.tb_lineno or 0
         tb = tb.tb_next
 

@@ -192,7 +192,7 @@ class _Notebook:
             frame.f_code.co_filename in (_OWN_FILE, ast.__file__) for frame in _frames_of(error)
         )
         if isinstance(error, SystemExit):
-            sys.stdout.write(f"SystemExit: {error}\n")
+            sys.stdout.write(f"SystemExit: {error}".rstrip(" :") + "\n")
             return
         text = _display.format_exception(error, verbosity, own_file=_OWN_FILE, parsing=parsing)
         error.__traceback__ = None  # what its frames hold may be most of the memory

@@ -50,11 +50,23 @@ class Local(Sandbox):
             raise ConfigError(f"sandbox.scratch_mb must be > 0, got {self.scratch_mb}")
 
     def preflight(self) -> None:
+        """Refuse a machine that cannot isolate as asked: a trial session tells, in a quarter of a second."""
         import importlib.util
+        import sys
 
+        if sys.platform != "linux":
+            raise MissingBackend(
+                "Linux", why=f"sandbox sessions are built from its kernel's means, not {sys.platform}'s"
+            )
         for package in ("numpy", "sympy"):
             if importlib.util.find_spec(package) is None:
                 raise MissingBackend(package, why="sandbox sessions preload it")
+        from omr.sandbox import _client
+
+        _client.probe(self._tiers())
+
+    def _tiers(self) -> tuple[str, ...]:
+        return ("namespace", "landlock") if self.isolation is Isolation.auto else (self.isolation.value,)
 
     @contextmanager
     def launch(self, log_dir: Path) -> Iterator[SandboxClient]:
@@ -66,7 +78,6 @@ class Local(Sandbox):
         """`launch`, with all that a local client can do; without a folder, logs go to stderr."""
         from omr.sandbox import _client
 
-        tiers = ("namespace", "landlock") if self.isolation is Isolation.auto else (self.isolation.value,)
         limits = _client.SessionLimits(
             timeout_s=self.timeout_s,
             output_chars=self.output_chars,
@@ -77,7 +88,7 @@ class Local(Sandbox):
         )
         if self.isolation is Isolation.process:
             _log.warning("sandbox.isolation=process: model-written code can read this user's files and use the network")
-        with _client.start(tiers, limits, log_dir) as client:
+        with _client.start(self._tiers(), limits, log_dir) as client:
             if client.refused:
                 _log.warning("sandbox isolation %s only (%s)", client.tier, client.refused)
             _log.info("sandbox isolation: %s (Landlock ABI %d)", client.tier, client.landlock_abi)
