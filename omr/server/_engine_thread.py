@@ -61,8 +61,12 @@ class Mailbox:
         self.gone = True
         self._event.set()
 
+    def wake(self) -> None:
+        """Let `take` return although nothing has come."""
+        self._event.set()
+
     async def take(self) -> list[Output]:
-        """All outputs that have come since the last call; at least one unless `gone`. Raises Refused, EngineDead."""
+        """All outputs since the last call; none when woken or `gone`. Raises Refused, EngineDead."""
         await self._event.wait()
         self._event.clear()
         if self.error is not None:

@@ -1,5 +1,9 @@
 """One generation request from the engine to the wire: whole or streamed, ended early, or broken.
 
+A stream sends the first text of a sequence and its end at once. What comes between waits for the interval that the
+request allows, so that several short steps share one event: writing an event takes as long as decoding a token of a
+small model does.
+
 Three things end a request early: a stop string (its sequence is aborted in the engine), the client hanging up (all its
 sequences are), and the service stopping (they end with finish_reason `abort`). Whatever happens, `finally` frees what
 the engine still holds.
@@ -9,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +37,6 @@ class Generating:
     clock: Clock
     started: bool = False
     """Whether a chunk of it has been sent."""
-    sent: float = 0.0
-    """When the last one was."""
 
     @property
     def id(self) -> str:
@@ -50,7 +51,11 @@ class Reply(Response):
     """A response that writes itself while the engine works, with the client's hang-up in sight."""
 
     def __init__(
-        self, answer: Answer, sequences: Sequence[Generating], num_prompt_tokens: int, thread: EngineThread
+        self,
+        answer: Answer,
+        sequences: Sequence[Generating],
+        num_prompt_tokens: int,
+        thread: EngineThread,
     ) -> None:
         super().__init__()
         self._answer = answer
@@ -68,7 +73,10 @@ class Reply(Response):
                     sequence.end("length")
                 else:
                     self._thread.submit(sequence.request, mailbox)
-            await (self._stream if self._answer.body.stream else self._collect)(steps, send)
+            if self._answer.body.stream:
+                await self._stream(steps, mailbox, send)
+            else:
+                await self._collect(steps, send)
         finally:
             watcher.cancel()
             await steps.aclose()
@@ -123,25 +131,34 @@ class Reply(Response):
             whole = self._answer.whole([s.choice for s in self._sequences], self._num_prompt_tokens)
             await _send(send, JSONResponse(whole))
 
-    async def _stream(self, steps: AsyncGenerator[list[Generating], None], send: Send) -> None:
+    async def _stream(self, steps: AsyncGenerator[list[Generating], None], mailbox: Mailbox, send: Send) -> None:
+        loop = asyncio.get_running_loop()
         is_open = False
+        unsent: dict[str, Generating] = {}
+        due_s = 0.0
+        timer: asyncio.TimerHandle | None = None
         try:
             async for touched in steps:
                 if not is_open:
                     await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
                     is_open = True
+                unsent |= {s.id: s for s in touched}
+                now_s = loop.time()
+                if now_s < due_s and all(s.started and not s.choice.finished for s in touched):
+                    timer = timer or loop.call_at(due_s, mailbox.wake)
+                    continue
+                if timer is not None:
+                    timer.cancel()
+                    timer = None
                 events: list[dict[str, Any]] = []
-                now = time.monotonic()
-                for sequence in touched:
-                    soon = sequence.started and now - sequence.sent < self._answer.body.interval_s
-                    if soon and not sequence.choice.finished:
-                        continue  # the first event and the last go at once
+                for sequence in unsent.values():
                     delta = sequence.choice.take()
                     if delta is not None:
-                        sequence.sent = now
                         events += self._events(sequence, delta)
+                unsent.clear()
                 if events:
                     await _send_events(send, events)
+                    due_s = now_s + self._answer.body.interval_s
         except (EngineDead, Refused) as error:
             if not is_open:
                 await _send(send, engine_error(error))

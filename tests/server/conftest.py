@@ -80,6 +80,7 @@ class ScriptedEngine:
     """Tokens of the next step, given how many came before."""
     pause_s: float = 0.0
     refuse: Callable[[Request], str | None] = lambda request: None
+    before_step: Callable[[], object] = lambda: None
     die_at: int | None = None
     """Step number at which `step` raises."""
     counts: SpecCounts = field(default_factory=lambda: SpecCounts(accepted_per_pos=[0, 0, 0]))
@@ -105,6 +106,7 @@ class ScriptedEngine:
         del self._live[request_id]
 
     def step(self) -> list[Output]:
+        self.before_step()
         time.sleep(self.pause_s)
         self.num_steps += 1
         if self.num_steps == self.die_at:
