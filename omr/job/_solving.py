@@ -25,6 +25,7 @@ from omr.process import log_tail
 from omr.run import Run
 from omr.sandbox import SandboxClient
 from omr.server import Endpoint, SpecCounts
+from omr.solve.answer import settle
 from omr.solve.grade import Grader
 from omr.solve.prompt import prompt_named, render, tags_named
 from omr.solve.solver import Solved, Solver, Task
@@ -61,15 +62,18 @@ class Solving:
         self._job, self._cfg, self._samples, self._grader, self._policy = job, cfg, samples, grader, policy
         self._problems = {p.id: p for p in problems}
         self._done: dict[str, list[Ballot]] = {p.id: [] for p in problems}
+        self._right = self._graded = 0
         for row in samples.rows:
             self._done[row["id"]].append(ballot_of(row))
+            known = settle(row["predicted_answer"], row["expected_answer"]) if "expected_answer" in row else None
+            self._graded += known is not None
+            self._right += bool(known)
         self._solved: dict[str, Solved] = {}
         self.todo = [p for p in problems if self._is_open(self._done[p.id])]
         """Problems with generations still to be made."""
         self._tasks: list[Task] = []
         self._count: Any = None
         self._grading: set[asyncio.Task[None]] = set()
-        self._right = self._graded = 0
         self._bar: Any = None
         self._tools = job.uses_tools
         self._watch = watch
