@@ -24,6 +24,7 @@ from omr.nn.draft_tree import Tree, beam_search, pack
 from omr.nn.eight_bit import eight_bit
 from omr.nn.redrafter import Redrafter
 
+silu_, silu_out = torch.ops.aten.silu_.default, torch.ops.aten.silu.out
 Product = Callable[[Tensor], Tensor]
 Add = Callable[[Tensor, Tensor], Tensor]
 TABLE_ELEMENTS = 2**25
@@ -125,26 +126,28 @@ class TabulatedChain:
         """See DraftModel."""
         assert hidden is not None, "ReDrafter reads the target's hidden state"
         h = self.hidden_size
-        drafts = torch.empty(len(hidden), self.num_draft_tok, dtype=torch.int64)
         start = None if self.context_part is None else self.context_part(hidden)
-        x = torch.cat([hidden, hidden], dim=1)  # [c ; s], the second half written at every step
-        state, newest = self.first_state[tokens], tokens
+        x = torch.cat([hidden, hidden], dim=1)  # [c ; s]
+        state = x[:, h:]  # a view: every step writes s into x
+        newest, drafts = tokens, []
         for k in range(self.num_draft_tok):
-            if k:
-                term = self.term[newest]
-                state = state + term if self.recurrent is None else F.silu(self.recurrent(term, state), inplace=True)
-            x[:, h:] = state
+            if k == 0:
+                state.copy_(self.first_state.index_select(0, newest))
+            elif self.recurrent is None:
+                state.add_(self.term.index_select(0, newest))
+            else:
+                silu_out(self.recurrent(self.term.index_select(0, newest), state), out=state)
             y = x
             if start is not None:
                 y = self.state_part(start, state)
                 if not self.projects:
-                    y = F.silu(y, inplace=True).add_(x)
+                    y = silu_(y).add_(x)
             for block in self.blocks:
-                y = F.silu(block(y), inplace=True).add_(y)
+                y = silu_(block(y)).add_(y)
             for product in self.out:
                 y = product(y)
             newest = y.argmax(-1)
             if self.table is not None:
-                newest = self.table[newest]
-            drafts[:, k] = newest
-        return drafts
+                newest = self.table.index_select(0, newest)
+            drafts.append(newest)
+        return torch.stack(drafts, dim=1)
