@@ -5,7 +5,7 @@
     python bench/engine_gpu.py --gguf FILE --save FOLDER   # write a GGUF's weights as a Hugging Face folder, then stop
     python bench/engine_gpu.py --model FOLDER --quantise FP8_FOLDER   # calibrate and write an FP8 checkpoint, then stop
 
-Decoding is timed from the first decode step to the last, host work included, graphs captured beforehand; prompts are
+Decoding is timed from the first decode step to the last, host work included, after a run that captures; prompts are
 slices of one English text, answers run to `--new` tokens whatever they say. transformers generates from the same
 prompts, its prefill left out by subtracting a one-token call. Needs torch, triton, safetensors, transformers (for
 --model), numpy.
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from omr.engine.engine import Engine
 from omr.engine.request import Request
 from omr.nn.config import DecoderConfig
+from omr.nn.linear import Fp8Linear, Int8Linear
 from omr.nn.loader import load
 from omr.nn.transformer import Transformer
 
@@ -81,6 +82,22 @@ def random_drafter(model: Transformer, num_draft_tok: int) -> Any:
     return Chain(head, model.embed.weight, num_draft_tok)
 
 
+def quantised(model: Transformer, kind: str) -> Transformer:
+    """The model with its layers' weights rounded in place to `fp8` (scales 1) or `int8`: right in shape and speed."""
+    for name, linear in list(model.named_modules()):
+        if name.endswith("_proj"):
+            parent, _, leaf = name.rpartition(".")
+            weight, dtype = linear.weight.detach(), model.dtype
+            one = torch.ones(1, device=weight.device)
+            if kind == "fp8":
+                other: torch.nn.Module = Fp8Linear(weight.to(torch.float8_e4m3fn), one, one, None, dtype)
+            else:
+                scale = weight.abs().amax(1, keepdim=True) / 127
+                other = Int8Linear((weight / scale).round().to(torch.int8), scale, None, dtype)
+            setattr(model.get_submodule(parent), leaf, other)
+    return model
+
+
 class OneByOne:
     """Drafts chosen by a table from token to token, made of a text: costs nothing, shows the verify step alone."""
 
@@ -105,9 +122,6 @@ def decode_speed(model: Transformer, prompts: list[list[int]], new: int, draft: 
         model, max_batch_size=len(prompts), kv_cache_tokens=len(prompts) * (context + 32), context_tokens=context,
         prefill_tokens=1 << 15, draft=draft, prefix_caching=False,
     )  # fmt: skip
-    start = time.perf_counter()
-    engine.warm_up()
-    capture_s = time.perf_counter() - start
 
     def run() -> tuple[float, float, int, int]:
         for index, prompt in enumerate(prompts):
@@ -125,7 +139,7 @@ def decode_speed(model: Transformer, prompts: list[list[int]], new: int, draft: 
         torch.cuda.synchronize()
         return time.perf_counter() - first, first - begin, tokens, steps
 
-    run()
+    run()  # captures the graphs
     seconds, prefill, tokens, steps = min(run() for _ in range(2))
     result = {"tok_s": tokens / seconds, "ms_step": 1e3 * seconds / steps, "prefill_ms": 1e3 * prefill}
     runner = engine.runner
@@ -138,7 +152,7 @@ def decode_speed(model: Transformer, prompts: list[list[int]], new: int, draft: 
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    result |= {"graph_ms": sorted(times)[10], "capture_s": capture_s, "accepted": engine.counts.accepted_tokens}
+    result |= {"graph_ms": sorted(times)[10], "accepted": engine.counts.accepted_tokens}
     return result
 
 
@@ -250,19 +264,25 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         stream = tokenizer(" ".join(PROBLEMS * 20)).input_ids
     prompts = [(stream[17 * i :] + stream)[: args.prompt] for i in range(max(batches))]
-    for batch in batches:
-        show("engine bf16", batch, decode_speed(ours, prompts[:batch], args.new))
-    for batch in (batches[0], batches[-1]):
-        show("engine bf16, T 0.7", batch, decode_speed(ours, prompts[:batch], args.new, temperature=0.7))
-        show("engine bf16, top-p 0.95", batch, decode_speed(ours, prompts[:batch], 64, temperature=0.7, top_p=0.95))
-    for batch in batches:
-        show("verify 1x4", batch, decode_speed(ours, prompts[:batch], 64, draft=OneByOne(ours, 3)))
-        show("redrafter 1x4 untrained", batch, decode_speed(ours, prompts[:batch], 64, draft=random_drafter(ours, 3)))
+
+    def measure(name: str, model: Transformer) -> None:
+        for batch in batches:
+            show(f"engine {name}", batch, decode_speed(model, prompts[:batch], args.new))
+        for batch in sorted({batches[0], batches[-1]}):
+            few = prompts[:batch]
+            show(f"{name}, verify 1x4", batch, decode_speed(model, few, 64, draft=OneByOne(model, 3)))
+            show(f"{name}, redrafter 1x4", batch, decode_speed(model, few, 64, draft=random_drafter(model, 3)))
+            show(f"{name}, T 0.7", batch, decode_speed(model, few, 64, temperature=0.7))
+            show(f"{name}, T 0.7 top-p 0.95", batch, decode_speed(model, few, 64, temperature=0.7, top_p=0.95))
+
+    measure("bf16", ours)
+    if args.shape:
+        measure("fp8", quantised(ours, "fp8"))
+        del ours
+        measure("int8", quantised(random_model(args.shape), "int8"))
     for name in ("fp8", "int8"):
         if getattr(args, name):
-            other = load(getattr(args, name), device="cuda")
-            for batch in batches:
-                show(f"engine {name}", batch, decode_speed(other, prompts[:batch], args.new))
+            measure(name, load(getattr(args, name), device="cuda"))
     if args.model:
         theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).cuda().eval()
         for batch in batches:
