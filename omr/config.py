@@ -18,7 +18,7 @@ from typing import Any
 
 from omr.benchmark import Benchmark
 from omr.drafter import Drafter
-from omr.errors import ConfigError, MissingBackend
+from omr.errors import ConfigError
 from omr.job import Job
 from omr.model import Model
 from omr.option import GROUPS, discover
@@ -92,10 +92,10 @@ class Config:
         )
 
     def device_name(self) -> str:
-        """`cuda` or `cpu`. Raises MissingBackend for device=cuda without a GPU. Initialises nothing."""
+        """`cuda` or `cpu`. Raises ConfigError for device=cuda without a GPU. Initialises nothing."""
         present = has_gpu()
         if self.device is Device.cuda and not present:
-            raise MissingBackend("a CUDA device", why="device=cuda was asked for; use device=cpu or device=auto")
+            raise ConfigError("device=cuda, but there is no NVIDIA GPU here; use device=cpu or device=auto")
         return "cpu" if self.device is Device.cpu or not present else "cuda"
 
     def tracking(self) -> str | None:
@@ -164,7 +164,8 @@ def _refuse_unknown(node: Any, cls: type[Any], where: str) -> None:
 def nearest(word: str, among: Iterable[str]) -> str:
     """`; did you mean X?` or the list of choices: the end of an error line."""
     choices = sorted(among)
-    close = difflib.get_close_matches(word, choices, n=1)
+    same_leaf = [c for c in choices if c.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    close = same_leaf or difflib.get_close_matches(word, choices, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(choices)}"
 
 

@@ -214,7 +214,7 @@ def study_runs(uri: str, study: str, home: Path) -> list[dict[str, Any]]:
     client = _client(uri, home)
     experiment = client.get_experiment_by_name(study)
     if experiment is None:
-        names = sorted(e.name for e in client.search_experiments())
+        names = sorted(e.name for e in client.search_experiments() if e.name != "Default")
         raise ConfigError(f"no study {study!r} in {uri}; there are: {', '.join(names) or 'none'}")
     runs: list[Any] = []
     token = None

@@ -87,6 +87,7 @@ def test_an_experiment_is_hardware_neutral() -> None:
         (["quant=fp9"], "quant=fp9: no such choice; did you mean fp8?"),
         (["qunt=fp8"], "qunt: no such key; did you mean quant?"),
         (["quant=fp8", "quant.clib_samples=3"], "quant.clib_samples: no such key; did you mean quant.calib_samples?"),
+        (["drafter=redrafter", "drafter.lr=1"], "drafter.lr: no such key; did you mean drafter.train.lr?"),
         (["server.port=foo"], "server.port: Value 'foo' of type 'str' could not be converted to Integer"),
         (["server.port=99999"], "server.port must be 0 (any free port) to 65535, got 99999"),
         (["+quant.clp=0.9"], "quant.clp"),
