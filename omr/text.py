@@ -14,6 +14,7 @@ The file is parquet with columns `problem` (str), `text` (str), `spans` (list of
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from typing import Any
 from omr.errors import InputError
 
 Span = tuple[int, int]
+
+_IMPORTING = threading.Lock()
+"""transformers replaces its own module while it is imported: a second thread meeting that finds names missing."""
 
 
 @dataclass(kw_only=True)
@@ -66,8 +70,9 @@ def encode_text(row: TextRow, tokenizer: Any) -> tuple[list[int], list[bool]]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer of a model folder. Raises InputError."""
-    from transformers import AutoTokenizer
+    """The transformers tokenizer of a model folder. Raises InputError. May be called from several threads."""
+    with _IMPORTING:
+        from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         raise InputError(f"{folder} has no tokenizer (tokenizer.json); copy it from the base model")
