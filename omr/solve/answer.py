@@ -70,8 +70,8 @@ def closing_brace(text: str, start: int) -> int | None:
     return None
 
 
-def undress(answer: str) -> str:
-    """`answer` without what carries no value: boxes, math delimiters, spacing commands, units, percent, `x =`."""
+def unwrap(answer: str) -> str:
+    """`answer` without the boxes and math delimiters around it and the full stop behind it."""
     text = re.sub(r"\s+", " ", answer).strip()  # first, for the patterns below are quadratic in runs of spaces
     for _ in range(4):  # nested dressing is finite in practice; junk must not loop
         before = text
@@ -84,6 +84,12 @@ def undress(answer: str) -> str:
         text = text.strip().rstrip(".\\").strip()
         if text == before:
             break
+    return text
+
+
+def undress(answer: str) -> str:
+    """`unwrap`, and without what carries no value: spacing commands, units, percent, `x =`."""
+    text = unwrap(answer)
     text = text.replace("\\$", "").replace("\\%", "%").replace("−", "-").replace("{,}", ",")
     text = re.sub(r"(?<=[0-9])\\,(?=[0-9]{3})", " ", text)  # 1\,234: the space of a thousands group
     text = _SPACING.sub(" ", text)
@@ -95,6 +101,9 @@ def undress(answer: str) -> str:
     text = _TEXT.sub(r" \1 ", text).strip()
     if text.endswith("%") and number(text[:-1].strip()) is not None:
         text = text[:-1]
+    inside = text[1:-1].strip()
+    if text.startswith("(") and text.endswith(")") and (number(inside) is not None or inside.isalpha()):
+        text = inside  # (019), (C): one thing in parentheses is no tuple
     assigned = _ASSIGN.match(text)
     if assigned:
         text = assigned[1]
@@ -160,7 +169,7 @@ def settle(prediction: str | None, reference: str) -> bool | None:
 
 
 def _for_algebra(answer: str) -> str:
-    text = answer.strip()
+    text = unwrap(answer)
     if _TRIG.search(text):
         text = re.sub(rf"([0-9]+(?:\.[0-9]+)?)(?:{_DEGREE.pattern})", r"{(\1\\pi/180)}", text)
     return undress(text) if number(undress(text)) is not None or _TRIG.search(text) else text

@@ -71,7 +71,7 @@ def test_extraction_takes_any_junk(text: str) -> None:
 @given(
     st.integers(-(10**30), 10**30),
     st.integers(0, 5),
-    st.sampled_from(["{}", "${}$", "\\({}\\)", "\\boxed{{{}}}", "{}.", "x = {}"]),
+    st.sampled_from(["{}", "${}$", "({})", "\\textbf{{({})}}", "${}$.", "\\({}\\)", "\\boxed{{{}}}", "{}.", "x = {}"]),
 )
 def test_integers_are_equal_to_themselves_in_any_dress(value: int, zeros: int, dress: str) -> None:
     written = ("-" if value < 0 else "") + "0" * zeros + str(abs(value))
