@@ -14,6 +14,9 @@ from omr.option import discover, from_fields
 
 
 def main(call_path: Path, result_path: Path) -> int:
+    # Threads that spin while they wait for each other are five times slower on a machine that is busy with other work.
+    # Read by OpenMP when torch is first imported, which no option module does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     call = json.loads(call_path.read_text())
     kwargs = {k: Path(v["path"]) if isinstance(v, dict) and "path" in v else v for k, v in call["kwargs"].items()}
     answer: dict[str, Any]
