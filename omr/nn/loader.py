@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from omr.errors import InputError
 from omr.nn import config as decoder_config
@@ -40,7 +41,7 @@ def load(folder: Path, *, device: str, dtype: torch.dtype | None = None) -> Tran
         dtype = torch.float32 if small else torch.bfloat16
     quant = quant_format(raw, folder)
     tensors = Tensors(folder, device)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model = Transformer(config)
     for name, module in list(model.named_modules()):
         if name == "lm_head" and config.tie_word_embeddings:
@@ -61,6 +62,18 @@ def load(folder: Path, *, device: str, dtype: torch.dtype | None = None) -> Tran
 
 def _unused_ok(name: str) -> bool:
     return name == "lm_head.weight" or name.endswith((".k_scale", ".v_scale", ".rotary_emb.inv_freq"))
+
+
+class _Uninitialised(TorchFunctionMode):
+    """No random weights for modules that are about to get real ones.
+
+    Time is saved, and seconds of it: drawing a normal on the meta device imports torch's compiler.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class Tensors:
