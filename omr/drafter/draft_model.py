@@ -1,14 +1,42 @@
-"""A small model of the same vocabulary that drafts for the big one (arXiv 2211.17192)."""
+"""A small model of the same vocabulary that drafts for the big one (arXiv 2211.17192).
+
+The native engine runs it greedily: its chain is a deterministic proposal, so acceptance is the chance that the target
+draws the small model's favourite, and the output is the target's own. vLLM, SGLang and TensorRT-LLM have their own way.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omr.drafter._elsewhere import ModelDrafter
+from omr.errors import ConfigError, InputError
 from omr.option import option
+
+if TYPE_CHECKING:
+    from omr.drafter import DraftModel
+    from omr.nn.transformer import Transformer
 
 
 @option("drafter", "draft_model")
 @dataclass(kw_only=True)
 class SmallModel(ModelDrafter):
-    """Served by vLLM, SGLang and TensorRT-LLM."""
+    """Drafts with the model `model`."""
+
+    kv_cache_tokens: int = field(default=32768, metadata={"content": False})
+    """Tokens of all sequences together that the small model's cache holds, in the native engine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv_cache_tokens < 1:
+            raise ConfigError(f"drafter.kv_cache_tokens must be >= 1, got {self.kv_cache_tokens}")
+
+    def load(self, folder: Path | None, base: Transformer) -> DraftModel:
+        """Native engine only; needs a local folder. Refuses a model of another vocabulary."""
+        from omr.drafter._small_model import SmallModelDraft
+
+        path = Path(self.weights())
+        if not path.is_dir():
+            raise InputError(f"drafter.model={self.model} is no folder here; server=native needs the model on disk")
+        return SmallModelDraft(path, base, self.draft_tok, self.kv_cache_tokens)

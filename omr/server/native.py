@@ -35,7 +35,7 @@ class Native(Server):
     """Paged KV cache, continuous batching, speculation."""
 
     runs_quant: ClassVar[frozenset[str]] = frozenset({"bf16", "fp8", "int8_wo", "int4"})
-    runs_drafter: ClassVar[frozenset[str]] = frozenset({"none", "redrafter", "ngram"})
+    runs_drafter: ClassVar[frozenset[str]] = frozenset({"none", "redrafter", "ngram", "suffix", "draft_model"})
 
     max_batch_size: int = 16
     """Sequences decoded together; more wait."""
