@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from omr.nn import rope
-from omr.nn.linear import fuse
+from omr.nn.linear import fuse, lay_out
 from omr.nn.paged import KVCache
 from omr.nn.transformer import DecoderLayer, RMSNorm, Transformer
 
@@ -42,6 +42,8 @@ class FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self.qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o = attention.o_proj
+        if isinstance(self.o, nn.Linear):
+            self.o.weight.data = lay_out(self.o.weight.detach())
         self.gate_up = fuse([mlp.gate_proj, mlp.up_proj])
         self.down = mlp.down_proj
         self.input_norm_weight = layer.input_layernorm.weight.detach()
@@ -69,7 +71,7 @@ class Decoder:
         self.embed = model.embed_tokens.weight.detach()
         self.layers = [FusedLayer(x, config.num_attention_heads, config.num_key_value_heads) for x in model.layers]
         self.final_norm = norm_of(model.norm)
-        self.run_head = product(model.lm_head)
+        self.run_head = product(model.lm_head) if model.device.type == "cuda" else _head(model)
         cos, sin = rope.tables(config, num_positions, self.device)
         self.cos, self.sin = cos.to(self.dtype)[:, None], sin.to(self.dtype)[:, None]  # (positions, 1, D)
 
@@ -94,12 +96,28 @@ class Decoder:
         return self.run_head(hidden).float()
 
 
+def _head(model: Transformer) -> Product:
+    """The output product; from a copy laid out for it when the weight is the embedding's, which is read by rows."""
+    head = model.lm_head
+    if not isinstance(head, nn.Linear) or head.bias is not None or model.dtype != torch.float32:
+        return product(head)
+    turned = lay_out(head.weight.detach()).t()
+    if not model.config.tie_word_embeddings:
+        head.weight.data = turned.t()
+    return lambda x: torch.mm(x, turned)
+
+
 def product(linear: nn.Module) -> Product:
     """x -> linear(x), without the module call."""
-    if isinstance(linear, nn.Linear):
-        weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    if not isinstance(linear, nn.Linear):
+        return linear.forward
+    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    turned = weight.t()
+    if not turned.is_contiguous():
         return lambda x: F.linear(x, weight, bias)
-    return linear.forward
+    if bias is None:
+        return lambda x: torch.mm(x, turned)
+    return lambda x: torch.addmm(bias, x, turned)
 
 
 def product_add(linear: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -153,6 +153,18 @@ class GroupLinear(QuantLinear):
         return F.linear(x, self.weight, self.bias)
 
 
+def lay_out(weight: torch.Tensor) -> torch.Tensor:
+    """The same weight (N, K), in memory as torch multiplies it fastest by few rows.
+
+    On CPU in float32 a wide weight is kept column by column: measured with 2 cores busy, x W^T then takes 0.4 to 0.6
+    of the time for one row of x (weights out of the second-level cache), and no longer for many.
+    """
+    wide = weight.dim() == 2 and weight.shape[0] >= weight.shape[1]
+    if weight.is_cuda or weight.dtype != torch.float32 or not wide:
+        return weight
+    return weight.t().contiguous().t()
+
+
 class Parallel(nn.Module):
     """Products of one input that cannot be one product (their scales or kinds differ), results side by side."""
 
@@ -209,7 +221,7 @@ def _same_scales(parts: list[nn.Module]) -> bool:
 def _stack(fused: nn.Module, parts: list[nn.Module], name: str) -> None:
     tensors = [getattr(part, name).detach() for part in parts]
     whole = torch.cat([t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in tensors])
-    whole = whole.view(tensors[0].dtype)
+    whole = lay_out(whole.view(tensors[0].dtype))
     is_parameter = isinstance(getattr(parts[0], name), nn.Parameter)
     if is_parameter:
         fused.register_parameter(name, nn.Parameter(whole, requires_grad=False))
