@@ -87,8 +87,6 @@ class Trtllm(Server):
     """Tokens of one step; null is model.context_tokens, as in the pipeline."""
     gemm_plugin: GemmPlugin = GemmPlugin.by_quant
     """by_quant: fp8 for an fp8 checkpoint, else auto."""
-    num_beams: int = 1
-    """Beams of the ReDrafter in the engine; 1 serves best in practice."""
     greedy_draft: bool = False
     """Build the ReDrafter engine for arg-max only: faster, and temperature is ignored."""
     disable_overlap_scheduler: bool = _serving(True)
@@ -96,7 +94,7 @@ class Trtllm(Server):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_batch_size", "engine_max_batch_size", "num_beams"):
+        for name in ("max_batch_size", "engine_max_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"server.{name} must be >= 1, got {getattr(self, name)}")
         if not 0 < self.kv_cache_free_gpu_memory_fraction < 1:
@@ -161,7 +159,7 @@ class Trtllm(Server):
         return {
             "tensorrt_llm": _backend.package_version("tensorrt_llm", self.python),
             "gpu": _backend.gpu_names(),
-            "draft_tok": _draft_tok(spec),
+            "draft": _draft_shape(spec),
         }
 
     def build(self, spec: ServeSpec, out: Path) -> dict[str, float]:
@@ -190,8 +188,8 @@ class Trtllm(Server):
             out=str(out),
             tp=spec.tp,
             drafter=str(spec.drafter_path.absolute()) if spec.drafter_path else None,
-            num_beams=self.num_beams,
-            draft_tok=_draft_tok(spec) or 0,
+            num_beams=_draft_shape(spec)[0],
+            draft_tok=_draft_shape(spec)[1],
             greedy=self.greedy_draft,
         )
 
@@ -302,9 +300,10 @@ class Trtllm(Server):
         return counts if found else None
 
 
-def _draft_tok(spec: ServeSpec) -> int | None:
+def _draft_shape(spec: ServeSpec) -> tuple[int, int]:
+    """(beams, tokens of each) of the ReDrafter in the engine; (0, 0) without one."""
     drafter = spec.drafter
-    return (drafter.draft_tok or drafter.predict_n) if isinstance(drafter, Redrafter) else None
+    return (drafter.num_beams, drafter.draft_tok or drafter.predict_n) if isinstance(drafter, Redrafter) else (0, 0)
 
 
 def _run(argv: list[str], log: Path) -> None:

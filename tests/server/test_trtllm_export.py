@@ -294,9 +294,11 @@ def test_a_failed_build_says_why(fake: Fake, tmp_path: Path) -> None:
 def test_engine_keys_hold_what_the_bytes_depend_on(tmp_path: Path) -> None:
     one = serve_spec(tmp_path)
     recipe = Trtllm().engine_recipe(one)
-    assert recipe["draft_tok"] == 3 and {"tensorrt_llm", "gpu"} <= set(recipe)
-    one.drafter = RedrafterOption(predict_n=3, draft_tok=2)
-    assert Trtllm().engine_recipe(one)["draft_tok"] == 2
+    assert recipe["draft"] == (1, 3) and {"tensorrt_llm", "gpu"} <= set(recipe)
+    one.drafter = RedrafterOption(predict_n=3, draft_tok=2, num_beams=4)
+    assert Trtllm().engine_recipe(one)["draft"] == (4, 2)
+    exported = Trtllm().export_spec(one, tmp_path)
+    assert (exported.num_beams, exported.draft_tok) == (4, 2)
     from omr.artifact import content
 
     serving = Trtllm(port=1234, max_batch_size=3, kv_cache_free_gpu_memory_fraction=0.5, mpirun=False)
