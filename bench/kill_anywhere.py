@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def one_round(command: list[str], home: Path, stage: str, after: float, referenc
                 break
         if stage == "serve":
             wait_until(lambda: any("omr.server" in " ".join(p.cmdline()) for p in family(child.pid)), 30)
+        threading.Thread(target=child.stderr.read, daemon=True).start()  # keep the pipe empty
         time.sleep(after)
         relatives = family(child.pid)
         child.send_signal(signal.SIGKILL)
@@ -133,8 +135,9 @@ def start(command: list[str], home: Path) -> subprocess.Popen[str]:
 
 
 def lines(child: subprocess.Popen[str]):
+    """Lines as they come. Not `yield from`: leaving early would close the pipe under the child."""
     assert child.stderr is not None
-    yield from child.stderr
+    yield from iter(child.stderr.readline, "")
 
 
 def seen(mark: str, line: str) -> bool:

@@ -75,12 +75,12 @@ class Benchmark:
 
     def preflight(self) -> None:
         """Refuse a file that is not there or of an unknown kind, without reading it. Raises InputError."""
-        if self.path or self.packaged:
-            self._local_file()
+        self.local_file()
 
     def load(self) -> list[Problem]:
         """All problems, in the order of the file. Raises InputError naming the line that cannot be used."""
-        files = [self._local_file()] if self.path or self.packaged else self._hub_files()
+        local = self.local_file()
+        files = [local] if local else self._hub_files()
         problems: list[Problem] = []
         seen: dict[str, str] = {}
         for where, row in ((f"{file} {where}", row) for file in files for where, row in _rows(file)):
@@ -95,7 +95,10 @@ class Benchmark:
             raise InputError(f"{files[0]} holds no problem")
         return problems
 
-    def _local_file(self) -> Path:
+    def local_file(self) -> Path | None:
+        """The file of a benchmark that is on disk, None for one on the hub. Raises InputError if it is not there."""
+        if not (self.path or self.packaged):
+            return None
         if self.path:
             file, fix = Path(self.path).expanduser(), "check benchmark.path"
         else:

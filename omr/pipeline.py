@@ -81,7 +81,7 @@ def text(run: Run, rows: int, base: Made) -> Made:
         return {"rows": written}
 
     with run.stage("text"):
-        made = run.store.get("text", recipe, {"weights": base.key, **dataset.source_key(model.text)}, make)
+        made = run.store.get("text", recipe, {"weights": base.key, **_rows_key(run)}, make)
     run.use("text", made)
     return Made(made.path / "text.parquet", made.key)
 
@@ -93,6 +93,14 @@ def _rows(run: Run, rows: int) -> Iterable[tuple[str, str]]:
 
         return corpus.rows(rows, seed=text_source.seed)
     return dataset.read_rows(text_source, limit=rows)
+
+
+def _rows_key(run: Run) -> dict[str, str]:
+    if run.cfg.model.text.corpus:
+        from omr import corpus
+
+        return {"corpus": str(corpus.REVISION)}
+    return dataset.source_key(run.cfg.model.text)
 
 
 def checkpoint(run: Run) -> Made:

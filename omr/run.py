@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from omr import __version__
+from omr import __version__, source
 from omr.artifact import Artifact, Store, content, key_of
 from omr.config import Config, home
 from omr.errors import OmrError, Terminated
@@ -98,15 +98,17 @@ def fingerprint(cfg: Config) -> str:
 
 
 def _local_files(cfg: Config) -> dict[str, str]:
-    """Size and mtime of files given by path: an edited benchmark or checkpoint is another experiment."""
+    """Size and mtime of the files read from disk: an edited benchmark or checkpoint is another experiment."""
+    text = cfg.model.text.path
+    places = {
+        "model": source.local_folder(cfg.model) if cfg.server.needs_weights else None,
+        "text": Path(text).expanduser() if text else None,
+        "benchmark": cfg.benchmark.local_file(),
+    }
     found = {}
-    for name, value in (
-        ("model.path", cfg.model.path),
-        ("text.path", cfg.model.text.path),
-        ("benchmark.path", cfg.benchmark.path),
-    ):
-        if value and (path := Path(value)).exists():
-            files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for name, place in places.items():
+        if place is not None and place.exists():
+            files = sorted(place.iterdir()) if place.is_dir() else [place]
             found[name] = json.dumps([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
     return found
 

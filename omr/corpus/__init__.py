@@ -14,8 +14,19 @@ An example depends on (split, seed, index) alone, so any part of the corpus can 
 
 from __future__ import annotations
 
-from omr.corpus.compose import Example, Guard, example, examples, families, training_examples
+from omr.corpus.compose import REVISION, Example, Guard, example, examples, families, training_examples
 from omr.corpus.family import Family
 from omr.corpus.held_out import guard, rows
 
-__all__ = ["Example", "Family", "Guard", "example", "examples", "families", "guard", "rows", "training_examples"]
+__all__ = [
+    "REVISION",
+    "Example",
+    "Family",
+    "Guard",
+    "example",
+    "examples",
+    "families",
+    "guard",
+    "rows",
+    "training_examples",
+]
