@@ -86,6 +86,8 @@ class Stream(AsyncGenerator[Chunk, None]):
         return chunk
 
     async def athrow(self, typ: Any, val: Any = None, tb: Any = None) -> Chunk:
+        if val is None and tb is None:
+            return await self._chunks.athrow(typ)  # the form with three arguments is deprecated
         return await self._chunks.athrow(typ, val, tb)
 
     async def aclose(self) -> None:
