@@ -25,8 +25,8 @@ from omr.sandbox import _landlock, _linux, _seccomp, _syscalls
 from omr.sandbox._linux import StepError
 from omr.sandbox._root import View
 
-_SESSION_UID = 0x6F6D0000
-"""First of 4096 uids for sessions of a root owner; beyond what accounts use. Each session has its own."""
+_SESSION_UIDS = range(0x6F6D0000, 0x6F6D1000)
+"""Uids for sessions of a root owner, one each; beyond what accounts use."""
 _NOBODY = 65534
 _NICENESS = 5
 MIB = 1 << 20
@@ -55,7 +55,9 @@ class Bare:
     def __init__(self, view: View, scratch_root: str) -> None:
         self.view = view
         self.scratch_root = scratch_root
-        self.root = os.geteuid() == 0
+        self.uids = _session_uids() if os.geteuid() == 0 else range(0)
+        self.root = bool(self.uids)
+        """Whether sessions can have uids of their own. Root of a container that maps no other uid is like any user."""
         self.landlock_abi = 0
 
     def enter_zygote(self) -> None:
@@ -100,7 +102,7 @@ class Bare:
         return path
 
     def _uid(self, index: int) -> int:
-        return _SESSION_UID + index % 4096
+        return self.uids[index % len(self.uids)]
 
     def _drop_root(self, index: int) -> None:
         """Another uid than root. Where the interpreter lives in a folder closed to others (a root-only home), the right
@@ -139,7 +141,7 @@ class Bare:
 
     def _processes(self) -> int:
         """RLIMIT_NPROC counts all processes of a uid: without an own one, leave room for the owner's others."""
-        if self.root:
+        if len(self.uids) > 1:
             return self.limits.threads
         return self.limits.threads + sum(1 for name in os.listdir(self._proc) if name.isdigit()) * 4
 
@@ -202,7 +204,7 @@ class Namespaces(Landlocked):
         if self.root:  # the folders may be root's alone: bind them while root
             _linux.unshare(_linux.CLONE_NEWNS)
             self.view.enter()
-            self._leave_root()
+            _linux.set_uid(self._uid(0))
             _linux.set_dumpable(True)  # or /proc/self/uid_map belongs to root
         uid, gid = os.geteuid(), os.getegid()
         _linux.unshare(self._AROUND)
@@ -211,12 +213,6 @@ class Namespaces(Landlocked):
         if not self.root:
             self.view.enter()
         _linux.set_hostname(b"sandbox")
-
-    def _leave_root(self) -> None:
-        try:
-            _linux.set_uid(_SESSION_UID)
-        except StepError:  # a container may map few uids
-            _linux.set_uid(_NOBODY)
 
     def _write_own(self, name: str, text: str) -> None:
         try:
@@ -265,6 +261,16 @@ class Namespaces(Landlocked):
 
 
 TIERS = (Namespaces, Landlocked, Bare)
+
+
+def _session_uids() -> range:
+    """Uids that root may turn sessions into: in a container, those that its user namespace maps."""
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        mapped = [(int(first), int(first) + int(count)) for first, _, count in map(str.split, file)]
+    for uids in (_SESSION_UIDS, range(_NOBODY, _NOBODY + 1)):
+        if any(first <= uids.start and uids.stop <= end for first, end in mapped):
+            return uids
+    return range(0)
 
 
 def _open_to_all(path: str) -> bool:

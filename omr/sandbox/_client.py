@@ -19,7 +19,7 @@ from typing import Any
 
 from omr.errors import ChildError, MissingBackend, ResourceError
 from omr.sandbox import _frames, _view
-from omr.sandbox._session import Kind, LocalSession, Process, raise_refusal, readable
+from omr.sandbox._session import Cage, Kind, LocalSession, Process, raise_refusal, readable
 
 _BOOT = """
 import sys
@@ -149,7 +149,7 @@ class LocalClient:
     def live_sessions(self) -> int:
         return len(self._processes)
 
-    async def open(self, kind: Kind) -> Process:
+    async def open(self, kind: Cage) -> Process:
         """Have the zygote fork a session. Raises ResourceError or ChildError."""
         if self._closed:
             raise ResourceError("this sandbox is closed")
@@ -167,7 +167,7 @@ class LocalClient:
         finally:
             self._opening -= 1
 
-    async def _open(self, zygote: _Zygote, kind: Kind) -> Process:
+    async def _open(self, zygote: _Zygote, kind: Cage) -> Process:
         process = None
         try:
             async with asyncio.timeout(_OPEN_TIMEOUT_S):
@@ -182,7 +182,7 @@ class LocalClient:
                 raise zygote.failure(f"opened no session within {_OPEN_TIMEOUT_S:g} s") from None
             raise
 
-    async def _ask(self, zygote: _Zygote, kind: Kind) -> Process:
+    async def _ask(self, zygote: _Zygote, kind: Cage) -> Process:
         """The zygote's answer to a request. Raises EOFError, OSError, ResourceError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ours:

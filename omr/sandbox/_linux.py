@@ -48,6 +48,7 @@ _LAST_CAPABILITY = 63
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_prctl = _libc.prctl  # looked up once: a session that does it copies pages
 
 
 class StepError(OSError):
@@ -171,7 +172,7 @@ def keep_capabilities() -> None:
 def drop_capabilities(but: int | None = None) -> None:
     """Empty the bounding, ambient, inheritable, permitted and effective sets, all but capability `but`."""
     for capability in range(_LAST_CAPABILITY + 1):
-        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:  # past the kernel's last; or no right to drop
+        if _prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:  # past the kernel's last; or no right to drop
             break
     call("prctl(CAP_AMBIENT)", "prctl", _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))

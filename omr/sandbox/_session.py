@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from omr.sandbox._client import LocalClient
 
 Kind = Literal["notebook", "script", "shell"]
+Cage = Literal["python", "shell"]
+"""What a session's process may do: a shell starts others."""
 CUT = "<output cut>"
 """Follows output that was longer than the limit, as in the reference API."""
 GRACE_S = 0.5
@@ -152,11 +154,11 @@ class LocalSession:
             if self._process is None:
                 if self._closed:
                     raise ResourceError("this sandbox session is closed")
-                self._process = await self._client.open(self._kind)
+                self._process = await self._client.open("shell" if self._kind == "shell" else "python")
             process = self._process
             started = time.monotonic()
             try:
-                message = {"code": code, "verbosity": verbosity, "stdin": stdin}
+                message = {"kind": self._kind, "code": code, "verbosity": verbosity, "stdin": stdin}
                 status, stdout, stderr = await process.run(
                     message, min(timeout_s, budget), 4 * (output_chars + 1) + _SLACK, soft=self._kind == "notebook"
                 )

@@ -3,7 +3,7 @@
 Everything here is at the mercy of the code it runs; nothing outside relies on it. Its only privilege is the control
 socket, over which it can say that a block is done.
 
-Messages in: {"code", "verbosity"} (notebook), {"code", "stdin"} (script, shell). Messages out: {"ready"} once, then
+Messages in: {"kind", "code", "verbosity", "stdin"}, kind notebook, script or shell. Messages out: {"ready"} once, then
 {"status": completed | error | interrupted} per block. Output travels over descriptors 1 and 2, flushed before that.
 """
 
@@ -54,6 +54,7 @@ class _Interrupt:
 
     def arm(self) -> None:
         signal.signal(signal.SIGINT, self)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         self.fired = False
         self.armed = True
 
@@ -66,7 +67,9 @@ def serve(kind: str, control: int, *, scratch: str, seed: int | None, packages: 
     if kind == "shell":
         os.environ["PYTHONPATH"] = ":".join(packages)
     interrupt = _Interrupt()
-    run = {"notebook": _Notebook(interrupt).run, "script": _run_script, "shell": _run_shell}[kind]
+    runs = {"notebook": _Notebook(interrupt).run, "script": _run_script}
+    if kind == "shell":
+        runs = {"shell": _run_shell}
     _frames.write(control, {"ready": True})
     while True:
         message = _frames.read(control)
@@ -76,7 +79,7 @@ def serve(kind: str, control: int, *, scratch: str, seed: int | None, packages: 
         try:
             _fresh_streams()
             interrupt.arm()
-            status = run(message)
+            status = runs[message["kind"]](message)
         except KeyboardInterrupt:
             status = "interrupted"
         except MemoryError:
@@ -91,10 +94,16 @@ def _fresh_process(scratch: str, seed: int | None) -> None:
     for name in ("HOME", "TMPDIR", "MPLCONFIGDIR"):
         os.environ[name] = scratch
     tempfile.tempdir = None
-    random.seed(seed)
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed(seed)
+    random.seed(seed)  # fork had it seeded anew
+    if seed is None:
+        seed_numpy(None)
+
+
+def seed_numpy(seed: int | None) -> None:
+    """Set the state of numpy's global generator: once in the zygote for a fixed seed, else in every session."""
+    import numpy
+
+    numpy.random.seed(seed)
 
 
 def _fresh_streams() -> None:

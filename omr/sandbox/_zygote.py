@@ -69,6 +69,7 @@ class Zygote:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # dead sessions vanish; their owner holds a pidfd each
         started = time.monotonic()
         loaded = _preload(self._settings["packages"])
+        _worker.seed_numpy(self._settings["seed"])
         print(f"preloaded in {time.monotonic() - started:.2f} s: {' '.join(loaded)}", file=sys.stderr, flush=True)
         self._cage.settle(Limits(**self._settings["limits"]))
         gc.collect()
@@ -79,7 +80,7 @@ class Zygote:
         while True:
             while len(self._spares) < self._settings["spares"] and not _readable(self._control.fileno()):
                 try:
-                    self._spares.append(self._fork("notebook"))
+                    self._spares.append(self._fork("python"))
                 except OSError as error:
                     print(f"no spare session: {error}", file=sys.stderr, flush=True)
                     break
@@ -95,7 +96,7 @@ class Zygote:
 
     def _answer(self, channel: int, kind: str) -> None:
         try:
-            ends = self._take_spare() if kind == "notebook" else None
+            ends = self._take_spare() if kind == "python" else None
             try:
                 *fds, pid, scratch = ends or self._fork(kind)
             except OSError as error:
@@ -145,7 +146,7 @@ class Zygote:
     def _become_session(self, kind: str, index: int, control: int, stdout: int, stderr: int) -> NoReturn:
         try:
             os.setsid()
-            scratch = self._cage.enter_session("shell" if kind == "shell" else "python", index)
+            scratch = self._cage.enter_session(kind, index)
             _arrange_fds(control, stdout, stderr)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             gc.enable()

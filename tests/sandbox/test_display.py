@@ -38,7 +38,7 @@ def test_what_is_shown_is_the_value(value: Any) -> None:
 @settings(max_examples=50, deadline=None)
 @given(value=st.lists(st.integers(), min_size=1, max_size=100) | st.tuples(*[st.integers()] * 40))
 def test_flat_containers_look_as_pprint_has_them(value: Any) -> None:
-    assert pretty(value) == pprint.pformat(value, width=WIDTH + 1)
+    assert pretty(value) == pprint.pformat(value, width=WIDTH)
 
 
 def test_long_containers_are_cut() -> None:

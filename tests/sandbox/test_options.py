@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -128,7 +127,7 @@ def test_what_the_kernel_says_of_a_session(client: LocalClient) -> None:
 def test_hidden_folders_stay_hidden(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The product's own package holds benchmark answers; installed, it lies among the packages that sessions see."""
     found = _view.find()
-    package = Path(sysconfig.get_path("purelib")).resolve() / "pip"
+    package = Path(found["packages"][0]) / "networkx"
     found["view"]["hidden"].append(str(package))
     monkeypatch.setattr(_view, "find", lambda: found)
     code = (

@@ -56,17 +56,17 @@ import os, sys
 from omr.sandbox import _linux
 uid, gid = os.getuid(), os.getgid()
 _linux.unshare(_linux.CLONE_NEWUSER)
-for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
+for name, text in (("setgroups", "deny"), ("uid_map", f"{sys.argv[1]} {uid} 1"), ("gid_map", f"{sys.argv[1]} {gid} 1")):
     with open(f"/proc/self/{name}", "w") as file:
         file.write(text)
-os.execv(sys.executable, [sys.executable, "-c", *sys.argv[2:]])  # uid 1000 loses every capability here
+os.execv(sys.executable, [sys.executable, "-c", *sys.argv[2:]])  # another uid than 0 loses every capability here
 """
 
 
-def run_python(body: str, log: Path, *, other_user: bool = False) -> dict[str, str]:
+def run_python(body: str, log: Path, *, as_uid: int | None = None) -> dict[str, str]:
     code = PROLOGUE + textwrap.dedent(body)
     argv = [sys.executable, "-c"]
-    argv += [AS_ANOTHER_USER, "-", code, str(log)] if other_user else [code, str(log)]
+    argv += [code, str(log)] if as_uid is None else [AS_ANOTHER_USER, str(as_uid), code, str(log)]
     result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
@@ -116,8 +116,10 @@ def test_without_landlock_namespaces_still_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("uid", [1000, 0])
 @pytest.mark.parametrize("tier", ["namespace", "landlock", "process"])
-def test_a_user_who_is_not_root(tier: str, tmp_path: Path) -> None:
+def test_a_user_who_is_not_root(tier: str, uid: int, tmp_path: Path) -> None:
+    """Also the root of a container that has no other uid, nor any right outside."""
     probe = """
 import os, sympy
 
@@ -130,7 +132,8 @@ def can(f, *a):
 
 print(can(open, '/etc/passwd'), can(open, sympy.__file__, 'a'), can(os.listdir, '/proc'), can(open, 'own', 'w'))
 """
-    said = run_python(f"assert os.getuid() == 1000\ntry_tiers({tier!r}, code={probe!r})", tmp_path, other_user=True)
+    body = f"assert os.getuid() == {uid}\ntry_tiers({tier!r}, code={probe!r})"
+    said = run_python(body, tmp_path, as_uid=uid)
     assert said["tier"] == tier
     expected = {"namespace": "0 0 0 1", "landlock": "0 0 0 1", "process": "1 1 1 1"}
     assert said["output"] == expected[tier]
