@@ -55,6 +55,14 @@ class Ranks:
         finally:
             dist.destroy_process_group()
 
+    def from_first(self, value: float) -> float:
+        """Rank 0's value, so that all ranks decide alike."""
+        if self.world > 1:
+            shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+            dist.broadcast(shared, 0)
+            return float(shared.item())
+        return value
+
     def sum_gradients(self, parameters: Sequence[Tensor], loss: Tensor) -> None:
         """Add up gradients (missing ones are zero) and the loss over all ranks, in place."""
         if self.world == 1:

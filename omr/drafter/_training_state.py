@@ -8,6 +8,7 @@ loop is random, so the curve of a resumed training is the curve of an uninterrup
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,12 @@ class Progress:
     recipe: Mapping[str, Any]
     step: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
+    best_loss: float = math.inf
+    """Least held-out loss so far, if it is measured on the way."""
+    misses: int = 0
+    """Measurements since then."""
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The parameters that had it."""
 
 
 def resume_of(out: Path) -> Path:
@@ -44,11 +51,14 @@ def save_state(folder: Path, progress: Progress, module: torch.nn.Module, optimi
         for moment in ("exp_avg", "exp_avg_sq"):
             if p in optimiser.state:
                 tensors[f"{moment}.{name}"] = optimiser.state[p][moment]
+    tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {
         "recipe": json.dumps(progress.recipe, sort_keys=True),
         "step": str(progress.step),
         "curve": json.dumps(progress.curve),
+        "best_loss": repr(progress.best_loss),
+        "misses": str(progress.misses),
     }
     temporary = folder / (FILE + ".tmp")
     save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata=metadata)
@@ -67,6 +77,9 @@ def load_state(folder: Path, progress: Progress, module: torch.nn.Module, optimi
             metadata = file.metadata()
             _same_recipe(path, json.loads(metadata["recipe"]), progress.recipe)
             progress.step, progress.curve = int(metadata["step"]), json.loads(metadata["curve"])
+            progress.best_loss, progress.misses = float(metadata["best_loss"]), int(metadata["misses"])
+            bests = [name for name in file.keys() if name.startswith("best.")]  # noqa: SIM118 - not a dict
+            progress.best = {name.removeprefix("best."): file.get_tensor(name) for name in bests}
             for name, p in module.named_parameters():
                 with torch.no_grad():
                     p.copy_(file.get_tensor(f"param.{name}"))

@@ -51,6 +51,12 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
+class Trainer(Enum):
+    omr = "omr"
+    nemo_skills = "nemo_skills"
+    apple = "apple"
+
+
 class Start(Enum):
     base = "base"
     random = "random"
@@ -82,6 +88,14 @@ class Train:
     """Of the products. Weights and optimiser state are float32 either way."""
     distil: float = 0.0
     """Share in [0, 1] of the base's own distribution in the target; the rest is the token of the text."""
+    trainer: Trainer = Trainer.omr
+    """omr, or the reference programs: NeMo-Skills' and Apple's, in an environment that has them."""
+    python: str | None = field(default=None, metadata={"content": False})
+    """Interpreter of that environment; null is omr's own."""
+    eval_every: int = 0
+    """Steps between measurements on the held-out documents, logged in the curve; 0 measures at the end only."""
+    patience: int = 0
+    """Stop after this many measurements without a lower held-out loss and keep the best head; 0 never stops early."""
     held_out: int = 200
     """Documents kept out of training to measure the head on, at most a tenth of all."""
     seed: int = 0
@@ -92,12 +106,14 @@ class Train:
         for name in ("rows", "epochs", "batch_rows", "accumulation"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"drafter.train.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "grad_clip", "held_out", "checkpoint_min"):
+        for name in ("weight_decay", "grad_clip", "held_out", "checkpoint_min", "eval_every", "patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"drafter.train.{name} must be >= 0, got {getattr(self, name)}")
         for name in ("warmup", "distil"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"drafter.train.{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.patience and not self.eval_every:
+            raise ConfigError(f"drafter.train.patience={self.patience} needs drafter.train.eval_every >= 1")
         if self.lr <= 0:
             raise ConfigError(f"drafter.train.lr must be > 0, got {self.lr}")
         if self.max_length < 3:
@@ -155,11 +171,20 @@ class Redrafter(Drafter):
                 f"drafter.num_processes={self.num_processes}; make it a multiple"
             )
 
+        if self.train.trainer is not Trainer.omr:
+            from omr.drafter._other_trainers import check
+
+            check(self)
+
     def text_rows(self) -> int:
         return self.train.rows
 
     def fit(self, base: Path, text: Path, out: Path, device: str) -> dict[str, float]:
         """See Drafter. Resumes from the training state that a killed run left beside `out`."""
+        if self.train.trainer is not Trainer.omr:
+            from omr.drafter._other_trainers import fit_elsewhere
+
+            return fit_elsewhere(self, base, text, out, device)
         if self.num_processes > 1:
             from omr.drafter._ranks import fit_in_ranks
 

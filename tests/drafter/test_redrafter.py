@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from omr.artifact import content
-from omr.drafter._redrafter_fit import schedule
-from omr.drafter.redrafter import Head, Redrafter, Train
+from omr.drafter._training import schedule
+from omr.drafter.redrafter import Head, Redrafter, Schedule, Train
 from omr.errors import ConfigError, InputError, OmrError, TrainingError
 from omr.nn.loader import load
 from omr.nn.redrafter import load_redrafter
@@ -77,14 +77,16 @@ RUN = """
 import sys
 from pathlib import Path
 from omr.drafter.redrafter import Redrafter, Train
-how = Train(rows=300, lr=3e-3, held_out=30, batch_rows=8, epochs=12, checkpoint_min=0)
+how = Train(
+    rows=300, lr=3e-3, held_out=30, batch_rows=8, epochs=12, checkpoint_min=0, eval_every=50, patience=99
+)
 Redrafter(train=how).fit(*map(Path, sys.argv[1:4]), "cpu")
 """
 
 
 @pytest.mark.slow
 def test_killed_training_resumes_to_the_same_bytes(base: Path, text: Path, tmp_path: Path) -> None:
-    how = replace(SHORT, epochs=12, checkpoint_min=0.0)
+    how = replace(SHORT, epochs=12, checkpoint_min=0.0, eval_every=50, patience=99)
     fit(Redrafter(train=how), base, text, tmp_path / "straight")
     out = tmp_path / "killed"
     out.mkdir()
@@ -104,6 +106,17 @@ def test_killed_training_resumes_to_the_same_bytes(base: Path, text: Path, tmp_p
     state.write_bytes(state.read_bytes()[:500])
     with pytest.raises(InputError, match="delete it to start anew"):
         Redrafter(train=how).fit(base, text, out, "cpu")
+
+
+def test_early_stop_keeps_the_best_head(base: Path, text: Path, tmp_path: Path) -> None:
+    """So many epochs of so few rows that the head learns them by heart: what is kept is the best seen before."""
+    how = replace(SHORT, rows=30, lr=1e-2, schedule=Schedule.constant, epochs=90, eval_every=10, patience=2)
+    metrics = fit(Redrafter(train=how), base, text, tmp_path / "out")
+    curve = [json.loads(line) for line in (tmp_path / "out" / "curve.jsonl").read_text().splitlines()]
+    seen = [sum(row[f"drafter/held_out_redrafter{i}_loss"] for i in range(3)) for row in curve]
+    assert metrics["steps"] < 90 * 4 and curve[-1]["step"] == metrics["steps"]
+    assert sum(metrics[f"redrafter{i}_loss"] for i in range(3)) == pytest.approx(min(seen), rel=1e-6)
+    assert min(seen[-2:]) > min(seen)
 
 
 @pytest.mark.slow
@@ -215,7 +228,17 @@ def test_knobs_out_of_range(change: dict[str, object], name: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"lr": 0.0}, {"epochs": 0}, {"warmup": 1.5}, {"distil": -0.1}, {"max_length": 2}, {"rows": 0}, {"held_out": -1}],
+    [
+        {"patience": 1},
+        {"eval_every": -1},
+        {"lr": 0.0},
+        {"epochs": 0},
+        {"warmup": 1.5},
+        {"distil": -0.1},
+        {"max_length": 2},
+        {"rows": 0},
+        {"held_out": -1},
+    ],
 )
 def test_training_knobs_out_of_range(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"drafter.train.{next(iter(change))}"):

@@ -1,0 +1,262 @@
+"""The training loop of a ReDrafter head on a frozen base.
+
+One optimiser step reads `accumulation` micro-batches. Each is one forward of the base without gradients, then the
+head's loss on its final hidden states, already divided by the number of targets of the whole step (known on the host
+before anything runs). On several GPUs rank r takes every world-th micro-batch of the step and gradients are summed, so
+the number of GPUs changes rounding and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from omr.drafter._documents import Document, plan
+from omr.drafter._draft_meter import DraftMeter
+from omr.drafter._ranks import Ranks
+from omr.drafter._training_state import Progress, load_state, save_state
+from omr.errors import TrainingError
+from omr.nn.draft_loss import DraftLoss, Targets, draft_loss, target_mask
+from omr.nn.redrafter import Redrafter
+from omr.nn.transformer import Transformer
+
+if TYPE_CHECKING:
+    from omr.drafter.redrafter import Redrafter as Option
+
+LOG_EVERY = 20
+"""Steps per line of the curve."""
+
+
+class Training:
+    """The head, its data and its optimiser. `run` trains it and returns what it measured."""
+
+    def __init__(
+        self,
+        option: Option,
+        base: Transformer,
+        drafter: Redrafter,
+        kept: list[Document],
+        held_out: list[Document],
+        ranks: Ranks,
+    ) -> None:
+        self.option, self.how, self.base, self.drafter, self.ranks = option, option.train, base, drafter, ranks
+        self.kept, self.held_out = kept, held_out
+        self.device = ranks.device
+        self.steps = plan(
+            [len(d.ids) for d in kept],
+            batch_rows=self.how.batch_rows,
+            accumulation=self.how.accumulation,
+            epochs=self.how.epochs,
+            seed=self.how.seed,
+        )
+        self.base_matrix = output_matrix(base)
+        self.parameters = list(drafter.parameters())
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=self.how.lr, weight_decay=self.how.weight_decay, fused=True
+        )
+        self.progress = Progress({})
+        self._losses: list[Tensor] = []  # since the last line of the curve
+        self._saved_at = time.monotonic()
+
+    def run(self, resume: Path, recipe: dict[str, Any]) -> dict[str, float]:
+        """Train from the state in `resume`, if there is one, to the end; then measure on the held-out documents."""
+        self.progress = Progress(recipe)
+        total = len(self.steps)
+        if load_state(resume, self.progress, self.drafter, self.optimiser) and self.ranks.rank == 0:
+            print(f"drafter training goes on from step {self.progress.step} of {total}", file=sys.stderr)
+        self._saved_at = time.monotonic()
+        quiet = self.ranks.rank > 0
+        bar = tqdm(
+            total=total,
+            initial=self.progress.step,
+            desc="train drafter",
+            file=sys.stderr,
+            disable=quiet,
+            mininterval=1.0,
+        )
+        with bar, _fast_products(self.device):
+            while self.progress.step < total and not self._out_of_patience():
+                self._one_step(resume)
+                bar.update()
+                if not self._losses:  # a line of the curve was written: everything is settled up to here
+                    bar.set_postfix(loss=f"{self.progress.curve[-1]['drafter/loss']:.3f}", refresh=False)
+                    self._save_in_time(resume)
+        if self.progress.best:
+            self.drafter.load_state_dict(self.progress.best, strict=False)
+        taken = self.steps[: self.progress.step]
+        return {
+            **self.measure(),
+            "steps": float(len(taken)),
+            "train_targets": float(
+                sum(sum(self.kept[row].counts) for step in taken for batch in step for row in batch)
+            ),
+            "held_out_rows": float(len(self.held_out)),
+            "parameters": float(sum(p.numel() for p in self.parameters)),
+        }
+
+    def _one_step(self, resume: Path) -> None:
+        step, every = self.progress.step, self.how.eval_every
+        evaluates = bool(every) and ((step + 1) % every == 0 or step + 1 == len(self.steps))
+        logs = evaluates or (step + 1) % LOG_EVERY == 0 or step + 1 == len(self.steps)
+        meter = DraftMeter(self.option.predict_n, self.device) if logs else None
+        rate = self.how.lr * schedule(self.how.schedule.value, step, len(self.steps), self.how.warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        loss, norm = self._optimise(self.steps[step], meter)
+        if self._losses:
+            self._check(step - 1, self._losses[-1], resume)  # one step late: the device is not waited for
+        self._losses.append(loss)
+        self.progress.step = step + 1
+        if meter is None:
+            return
+        self._check(step, loss, resume)
+        row = {f"drafter/{k}": v for k, v in meter.read().items()}
+        row |= {"drafter/lr": rate, "drafter/grad_norm": float(norm)}
+        row["drafter/loss"] = torch.stack(self._losses).mean().item()
+        self._losses.clear()
+        if evaluates:
+            held_out = self.measure()
+            row |= {f"drafter/held_out_{k}": v for k, v in held_out.items()}
+            self._remember(self.ranks.from_first(sum(v for k, v in held_out.items() if k.endswith("_loss"))))
+        self.progress.curve.append({"step": float(step + 1), **row})
+
+    def _remember(self, held_out_loss: float) -> None:
+        """Keep the parameters if they are the best so far."""
+        self.progress.misses += 1
+        if held_out_loss < self.progress.best_loss:
+            self.progress.best_loss, self.progress.misses = held_out_loss, 0
+            if self.how.patience:
+                self.progress.best = {k: p.detach().cpu().clone() for k, p in self.drafter.named_parameters()}
+
+    def _out_of_patience(self) -> bool:
+        return bool(self.how.patience) and self.progress.misses >= self.how.patience
+
+    def _save_in_time(self, resume: Path) -> None:
+        if time.monotonic() - self._saved_at < 60 * self.how.checkpoint_min or self.progress.step == len(self.steps):
+            return
+        if self.ranks.rank == 0:
+            save_state(resume, self.progress, self.drafter, self.optimiser)
+        self._saved_at = time.monotonic()
+
+    def measure(self) -> dict[str, float]:
+        """Losses and accuracies on the held-out documents."""
+        meter = DraftMeter(self.option.predict_n, self.device)
+        order = sorted(range(len(self.held_out)), key=lambda i: len(self.held_out[i].ids))
+        with torch.no_grad():
+            for start in range(0, len(order), self.how.batch_rows):
+                rows = [self.held_out[i] for i in order[start : start + self.how.batch_rows]]
+                self._forward(rows, [1] * self.option.predict_n, meter)
+        return meter.read()
+
+    def _optimise(self, micro_batches: list[list[int]], meter: DraftMeter | None) -> tuple[Tensor, Tensor]:
+        """One optimiser step: (loss of the step, gradient norm before clipping), on the device."""
+        counts = [[*self.kept[row].counts] for batch in micro_batches for row in batch]
+        normalisers = [sum(column) for column in zip(*counts, strict=True)]
+        loss = torch.zeros((), device=self.device)
+        for batch in micro_batches[self.ranks.rank :: self.ranks.world]:
+            total = self._forward([self.kept[row] for row in batch], normalisers, meter).total
+            torch.autograd.backward(total)
+            loss += total.detach()
+        self.ranks.sum_gradients(self.parameters, loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.how.grad_clip or math.inf)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss, norm
+
+    def _forward(self, rows: list[Document], normalisers: list[int], meter: DraftMeter | None) -> DraftLoss:
+        batch = Batch.of(rows, self.option.predict_n, self.device)
+        with torch.no_grad():
+            hidden = self.base.hidden_states(batch.ids)
+            embedded = self.base.embed(batch.ids)
+        low = self.how.precision.value == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+            out = draft_loss(
+                self.drafter,
+                hidden if low else hidden.float(),
+                embedded if low else embedded.float(),
+                batch.targets,
+                normalisers,
+                want_ranks=meter is not None,
+                distil=self.how.distil,
+                base_matrix=self.base_matrix,
+                product_dtype=torch.bfloat16 if low else None,
+            )
+        if meter is not None:
+            meter.add(batch.targets, out)
+        return out
+
+    def _check(self, step: int, step_loss: Tensor, resume: Path) -> None:
+        """Raise TrainingError if the loss of that step is not finite, with its batch saved."""
+        loss = step_loss.item()
+        if math.isfinite(loss):
+            return
+        path = resume / "failed_batch.safetensors"
+        resume.mkdir(parents=True, exist_ok=True)
+        rows = [self.kept[row] for batch in self.steps[step] for row in batch]
+        if self.ranks.rank == 0:
+            tensors = {f"{i}.ids": torch.from_numpy(d.ids) for i, d in enumerate(rows)}
+            tensors |= {f"{i}.is_target": torch.from_numpy(d.marks) for i, d in enumerate(rows)}
+            save_file(tensors, path)
+        raise TrainingError(
+            f"drafter loss is {loss} at step {step + 1} of {len(self.steps)}; its batch is in {path}. Lower "
+            f"drafter.train.lr={self.how.lr:g}, or raise drafter.train.warmup={self.how.warmup:g}"
+        )
+
+
+@dataclasses.dataclass
+class Batch:
+    """Documents padded on the right with id 0, on the device."""
+
+    ids: Tensor  # (B, T) int64
+    targets: Targets
+
+    @classmethod
+    def of(cls, rows: list[Document], predict_n: int, device: torch.device) -> Batch:
+        lengths = torch.tensor([len(row.ids) for row in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        marks = torch.zeros(ids.shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row.ids)] = torch.from_numpy(row.ids)
+            marks[i, : len(row.marks)] = torch.from_numpy(row.marks)
+        targets = Targets.of(ids, target_mask(marks, lengths, predict_n))  # on the host: its sizes are needed here
+        if device.type == "cuda":
+            ids = ids.pin_memory()
+        return cls(ids.to(device, non_blocking=True), targets.to(device))
+
+
+def schedule(kind: str, step: int, steps: int, warmup: float) -> float:
+    """Factor of the rate at `step` (from 0): up over ceil(warmup * steps) steps, then cosine, linear, or constant."""
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return step / rise
+    done = (step - rise) / max(1, steps - rise)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[kind]
+
+
+def output_matrix(base: Transformer) -> Tensor:
+    """The base's (V, H) output matrix, dequantised if need be."""
+    head = base.lm_head
+    return head.weight if isinstance(head, torch.nn.Linear) else head.dense(base.dtype)
+
+
+@contextlib.contextmanager
+def _fast_products(device: torch.device) -> Iterator[None]:
+    """TF32 products on CUDA, as in the pipeline; the CPU stays at full float32."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
