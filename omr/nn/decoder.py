@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from omr.nn import rope
-from omr.nn.linear import fuse, lay_out
+from omr.nn.linear import Fp8Linear, Parallel, QuantLinear, fuse, lay_out
+from omr.nn.packed import MAX_BYTES, dense_add, dense_product
 from omr.nn.paged import KVCache
 from omr.nn.transformer import DecoderLayer, RMSNorm, Transformer
 
@@ -38,7 +39,7 @@ class Batch(Protocol):
 class FusedLayer:
     """One decoder layer's weights, ready to run."""
 
-    def __init__(self, layer: DecoderLayer, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, layer: DecoderLayer, num_heads: int, num_kv_heads: int, *, packed: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.qkv = fuse([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o = attention.o_proj
@@ -50,8 +51,8 @@ class FusedLayer:
         self.post_norm_weight = layer.post_attention_layernorm.weight.detach()
         self.norm = norm_of(layer.input_layernorm)
         self.post_norm = norm_of(layer.post_attention_layernorm)
-        self.run_qkv, self.run_gate_up = product(self.qkv), product(self.gate_up)
-        self.add_o, self.add_down = product_add(self.o), product_add(self.down)
+        self.run_qkv, self.run_gate_up = product(self.qkv, packed=packed), product(self.gate_up, packed=packed)
+        self.add_o, self.add_down = product_add(self.o, packed=packed), product_add(self.down, packed=packed)
         self.head_norm: Product | None = None
         self.head_weight: torch.Tensor | None = None
         if hasattr(attention, "q_norm"):
@@ -69,9 +70,11 @@ class Decoder:
         self.device, self.dtype = model.device, model.dtype
         self.num_rotated = config.num_attention_heads + config.num_key_value_heads
         self.embed = model.embed_tokens.weight.detach()
-        self.layers = [FusedLayer(x, config.num_attention_heads, config.num_key_value_heads) for x in model.layers]
+        packed = model.device.type == "cpu" and config.num_params * self.embed.element_size() <= MAX_BYTES
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.layers = [FusedLayer(layer, heads, kv_heads, packed=packed) for layer in model.layers]
         self.final_norm = norm_of(model.norm)
-        self.run_head = product(model.lm_head) if model.device.type == "cuda" else _head(model)
+        self.run_head = _head(model, packed)
         cos, sin = rope.tables(config, num_positions, self.device)
         self.cos, self.sin = cos.to(self.dtype)[:, None], sin.to(self.dtype)[:, None]  # (positions, 1, D)
 
@@ -96,36 +99,35 @@ class Decoder:
         return self.run_head(hidden).float()
 
 
-def _head(model: Transformer) -> Product:
+def _head(model: Transformer, packed: bool) -> Product:
     """The output product; from a copy laid out for it when the weight is the embedding's, which is read by rows."""
     head = model.lm_head
-    if not isinstance(head, nn.Linear) or head.bias is not None or model.dtype != torch.float32:
-        return product(head)
-    turned = lay_out(head.weight.detach()).t()
+    if not isinstance(head, nn.Linear):
+        return product(head, packed=packed)
+    weight = lay_out(head.weight.detach())
     if not model.config.tie_word_embeddings:
-        head.weight.data = turned.t()
-    return lambda x: torch.mm(x, turned)
+        head.weight.data = weight
+    return dense_product(weight, head.bias, packed=packed)
 
 
-def product(linear: nn.Module) -> Product:
-    """x -> linear(x), without the module call."""
-    if not isinstance(linear, nn.Linear):
+def product(linear: nn.Module, *, packed: bool = False) -> Product:
+    """x (T, K) -> linear(x), without the module call; by a re-ordered copy of the weight if `packed`."""
+    if (isinstance(linear, QuantLinear) and not linear.is_dense) or isinstance(linear, Parallel):
         return linear.forward
-    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    turned = weight.t()
-    if not turned.is_contiguous():
-        return lambda x: F.linear(x, weight, bias)
-    if bias is None:
-        return lambda x: torch.mm(x, turned)
-    return lambda x: torch.addmm(bias, x, turned)
+    run = dense_product(linear.weight, linear.bias, packed=packed)
+    if isinstance(linear, Fp8Linear) and linear.input_scale is not None:
+        return lambda x: run(linear.rounded(x))
+    return run
 
 
-def product_add(linear: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def product_add(linear: nn.Module, *, packed: bool = False) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """(residual, x) -> residual + linear(x), in one call where there is no bias."""
-    if isinstance(linear, nn.Linear) and linear.bias is None:
-        turned = linear.weight.detach().t()
-        return lambda residual, x: torch.addmm(residual, x, turned)
-    run = product(linear)
+    if linear.bias is None and not (isinstance(linear, QuantLinear) and not linear.is_dense):
+        add = dense_add(linear.weight, packed=packed)
+        if isinstance(linear, Fp8Linear) and linear.input_scale is not None:
+            return lambda residual, x: add(residual, linear.rounded(x))
+        return add
+    run = product(linear, packed=packed)
     return lambda residual, x: run(x).add_(residual)
 
 

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 E4M3_MAX = 448.0
+CAST_ELEMENTS = 2048
+"""Below this many elements the scalar cast to E4M3 is faster than the arithmetic, which takes more calls."""
 
 
 def to_e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -46,6 +48,8 @@ class QuantLinear(nn.Module):
     """Base: `weight` and `scale` are buffers, `bias` is a buffer or None, (N, K) is the logical weight shape."""
 
     bias: torch.Tensor | None
+    is_dense = True
+    """Whether `weight` is the dequantised weight itself."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -78,15 +82,24 @@ class Fp8Linear(QuantLinear):
     def _dequantised(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return (weight.float() * self.scale).to(dtype)
 
+    @property
+    def is_dense(self) -> bool:
+        return not self.product
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self._dequantised(self.weight, dtype) if self.product else self.weight.to(dtype)
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """x as an FP8 product would see it: rounded to E4M3 at the input scale, in its own dtype again."""
+        if x.numel() < CAST_ELEMENTS:
+            return to_e4m3(x, self.input_scale).float().mul_(self.input_scale).to(x.dtype)
+        return round_e4m3(x.float() / self.input_scale).mul_(self.input_scale).to(x.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.input_scale is None:
             return F.linear(x, self.weight, self.bias)
         if not self.product:
-            rounded = round_e4m3(x.float() / self.input_scale).mul_(self.input_scale)
-            return F.linear(rounded.to(x.dtype), self.weight, self.bias)
+            return F.linear(self.rounded(x), self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
         return self.multiply(to_e4m3(flat, self.input_scale)).view(*x.shape[:-1], self.out_features)
 
@@ -110,16 +123,16 @@ class Int8Linear(QuantLinear):
         self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> None:
         super().__init__(*weight.shape)
-        self.packed = weight.is_cuda or dtype != torch.float32
+        self.is_dense = not weight.is_cuda and dtype == torch.float32
         self.register_buffer("scale", scale.reshape(-1).to(dtype))
-        self.register_buffer("weight", weight if self.packed else weight.to(dtype) * self.scale[:, None])
+        self.register_buffer("weight", weight.to(dtype) * self.scale[:, None] if self.is_dense else weight)
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight.to(dtype) * self.scale.to(dtype)[:, None] if self.packed else self.weight.to(dtype)
+        return self.weight.to(dtype) if self.is_dense else self.weight.to(dtype) * self.scale.to(dtype)[:, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.packed:
+        if self.is_dense:
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
         if x.is_cuda and flat.shape[0] <= self.MAX_KERNEL_ROWS:
@@ -191,7 +204,7 @@ def fuse(parts: list[nn.Module]) -> nn.Module:
     nn.Module.__init__(fused)
     fused.in_features = parts[0].in_features
     fused.out_features = sum(part.out_features for part in parts)
-    for name in ("dtype", "product", "packed"):
+    for name in ("dtype", "product", "is_dense"):
         if name in parts[0].__dict__:
             fused.__dict__[name] = parts[0].__dict__[name]
     for name in ("weight", "bias", "scale", "input_scale"):
