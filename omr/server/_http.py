@@ -98,6 +98,7 @@ def load(spec: NativeSpec) -> Loaded:
         draft=draft,
         context_tokens=spec.context_tokens,
     )
+    engine.warm_up()
     say(f"KV cache of {tokens} tokens, batch of at most {spec.max_batch_size}")
     return Loaded(
         engine=engine,

@@ -84,6 +84,21 @@ def test_preemption_changes_nothing(seed: int, make_engine, run) -> None:
     assert {n: d.tokens for n, d in got.items()} == {n: d.tokens for n, d in expected.items()}
 
 
+def test_a_preempted_request_is_the_next_to_run(make_engine) -> None:
+    """First come, first served holds for those sent back too: later arrivals wait behind them."""
+    engine = make_engine(kv_cache_tokens=40, max_batch_size=2, prefix_caching=False)
+    for name in "abcd":
+        engine.add(Request(id=name, prompt_ids=[1, 2, 3], max_tokens=30))
+    order: list[str] = []
+    while engine.num_unfinished:
+        before = engine.scheduler.num_preempted
+        order += [output.id for output in engine.step() if output.finish_reason]
+        if engine.scheduler.num_preempted > before:
+            waiting = [seq.id for seq in engine.scheduler.waiting]
+            assert waiting == sorted(waiting)
+    assert engine.scheduler.num_preempted and order == list("abcd")
+
+
 def test_shared_prefixes_are_reused_and_change_nothing(make_engine, run, pair) -> None:
     """Eight samples of one problem, then a second round that continues the first's text."""
     engine = make_engine(kv_cache_tokens=2048)
