@@ -14,6 +14,7 @@ import re
 import signal
 import socket
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from omr.errors import ResourceError
@@ -47,22 +48,22 @@ class Drain:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._parts: list[bytes] = []
-        self._kept = self._total = self._keep = 0
+        self._kept = self._total = self._keep = self._allowed = 0
         self._ended = False  # every writer closed its end
 
     def start(self, loop: asyncio.AbstractEventLoop, keep: int) -> None:
         self._loop, self._keep = loop, keep
-        self._parts, self._kept, self._total = [], 0, 0
+        self._parts, self._kept, self._total, self._allowed = [], 0, 0, _SPILL
         loop.add_reader(self.fd, self._on_readable)
 
     def _on_readable(self) -> None:
         """Read once, then rest a moment: a printing loop must not wake the owner for every line."""
         assert self._loop is not None
         full = self._read()
-        if full and self._total < _SPILL:
+        if full and self._total < self._allowed:
             return
         self._loop.remove_reader(self.fd)
-        if self._total < _SPILL and not self._ended:
+        if self._total < self._allowed and not self._ended:
             self._timer = self._loop.call_later(_PAUSE_S, self._loop.add_reader, self.fd, self._on_readable)
 
     def _read(self) -> bool:
@@ -81,11 +82,11 @@ class Drain:
     def unblock(self) -> None:
         """Go on reading, whatever the amount: the block was told to stop and may be stuck in a write."""
         assert self._loop is not None
-        if self._total >= _SPILL:
-            self._total = 0
+        if self._total >= self._allowed:
+            self._allowed = self._total + _SPILL
             self._loop.add_reader(self.fd, self._on_readable)
 
-    def stop(self) -> bytes:
+    def stop(self) -> Output:
         """What the block wrote, up to the limit: the pipe is read until it is empty."""
         if self._loop is not None:
             self._loop.remove_reader(self.fd)
@@ -95,22 +96,25 @@ class Drain:
             for _ in range(64):  # a thread left behind may keep writing
                 if not self._read():
                     break
-        return b"".join(self._parts)
+        return Output(b"".join(self._parts), self._total > self._kept)
 
 
-def decode(data: bytes, *, tidy: bool) -> str:
-    """As text. `tidy`: as the reference API shows a notebook's output, without colours and leading blank lines, with
-    one newline at the end."""
-    text = data.decode("utf-8", "replace")
-    if not tidy:
-        return text
-    text = _ANSI.sub("", text).lstrip("\n").rstrip()
-    return text + "\n" if text else ""
+@dataclass(frozen=True)
+class Output:
+    """The beginning of what a block wrote to one stream."""
 
+    data: bytes
+    more: bool
+    """Whether anything followed."""
 
-def cut(text: str, limit: int) -> str:
-    """At most `limit` characters and the marker."""
-    return text if len(text) <= limit else text[:limit] + CUT
+    def text(self, limit: int, *, tidy: bool) -> str:
+        """At most `limit` characters, and the marker if there were more. `tidy`: as the reference API shows a
+        notebook's output, without colours and leading blank lines, with one newline at the end."""
+        text = self.data.decode("utf-8", "replace")
+        if tidy:
+            text = _ANSI.sub("", text).lstrip("\n").rstrip()
+            text += "\n" if text else ""
+        return text if len(text) <= limit and not self.more else text[:limit] + CUT
 
 
 class LocalSession:
@@ -170,8 +174,8 @@ class LocalSession:
             plain = self._kind == "notebook" and verbosity in ("Plain", "Minimal")
             outcome = Outcome(
                 status="completed" if status == "completed" else "error",
-                stdout=cut(decode(stdout, tidy=plain), output_chars),
-                stderr=cut(decode(stderr, tidy=plain), output_chars),
+                stdout=stdout.text(output_chars, tidy=plain),
+                stderr=stderr.text(output_chars, tidy=plain),
                 seconds=seconds,
             )
             if status in ("interrupted", "killed"):
@@ -190,12 +194,14 @@ class LocalSession:
             self._process = None
 
     async def close(self) -> None:
-        """Kill the session's process and wait until it is gone. Idempotent."""
+        """Kill the session's process and wait until it is gone; a block that runs ends as a crash does. Idempotent."""
         self._closed = True
-        process, self._process = self._process, None
-        if process is not None:
-            await process.end()
-            self._client.discard(process)
+        if self._process is not None:
+            self._process.kill()
+            async with self._lock:  # whoever runs a block owns the process, and lets go of it first
+                if self._process is not None:
+                    await self._process.end()
+                    self._abandon()
 
 
 class Process:
@@ -226,7 +232,7 @@ class Process:
 
     async def run(
         self, message: dict[str, Any], timeout_s: float, keep: int, *, soft: bool
-    ) -> tuple[str, bytes, bytes]:
+    ) -> tuple[str, Output, Output]:
         """Status and output of one block: completed, error, interrupted (in time to keep its state), killed, died."""
         loop = asyncio.get_running_loop()
         self._stdout.start(loop, keep)

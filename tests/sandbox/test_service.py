@@ -235,8 +235,10 @@ def test_deleting_a_running_session_ends_its_block(client: LocalClient) -> None:
         while not (await http.get("/sessions")).json()["sessions"]:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
+        started = time.monotonic()
         assert (await http.delete("/sessions/s")).status_code == 200
         assert (await running)["process_status"] == "error"
+        assert time.monotonic() - started < 2.0
 
     serve(client, body)
 

@@ -151,6 +151,11 @@ def test_ten_megabytes_of_output(run: Run) -> None:
     assert after.stdout == "1\n"
 
 
+def test_output_dropped_unseen_is_marked_too(run: Run) -> None:
+    (outcome,) = run("print('\\x1b[0m' * 100_000)")
+    assert outcome.stdout == CUT
+
+
 def test_output_that_is_not_text(run: Run) -> None:
     zero, invalid = run("print('a\\0b')", "import os\nn = os.write(1, bytes(range(128, 256)))\nprint('ok')")
     assert zero.stdout == "a\0b\n"
@@ -229,6 +234,26 @@ def test_blocks_of_one_session_wait_for_each_other(client: LocalClient) -> None:
             await session.close()
 
     assert asyncio.run(body()) == ["0\n", "1\n", "2\n", "3\n"]
+
+
+def test_closing_ends_a_running_block(client: LocalClient) -> None:
+    async def body() -> tuple[Outcome, float]:
+        session = client.session()
+        await session.execute("1")
+        running = asyncio.create_task(session.execute("while True: pass"))
+        waiting = asyncio.create_task(session.execute("1"))
+        await asyncio.sleep(0.1)
+        started = time.monotonic()
+        await asyncio.gather(session.close(), session.close())
+        seconds = time.monotonic() - started
+        with pytest.raises(ResourceError, match="closed"):
+            await waiting
+        return await running, seconds
+
+    outcome, seconds = asyncio.run(body())
+    assert (outcome.status, outcome.state_lost) == ("error", True)
+    assert seconds < 2.0
+    assert client.live_sessions == 0
 
 
 def test_closing_is_idempotent_and_final(client: LocalClient) -> None:
