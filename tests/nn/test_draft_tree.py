@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import fields
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from omr.nn.draft_tree import beam_search, pack, walk, warp
+from omr.nn.draft_tree import Tree, beam_search, pack, walk, warp
 from omr.nn.redrafter import load_redrafter
 
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
@@ -116,6 +120,60 @@ def test_walk_follows_the_draws(width: int, length: int, seed: int) -> None:
             node = children[0]
             expected.append(node)
         assert path[b, : int(count[b])].tolist() == expected
+
+
+TOY = 3  # tokens of the toy vocabulary
+
+
+def toy_law(seed: int) -> dict[tuple[int, ...], list[int]]:
+    """p(token | prefix) in eighths for every prefix of up to 4 tokens after the root; some tokens impossible."""
+    g = torch.Generator().manual_seed(seed)
+    laws: dict[tuple[int, ...], list[int]] = {}
+    for n in range(5):
+        for number in range(TOY**n):
+            prefix = tuple(number // TOY**k % TOY for k in range(n))
+            cuts = sorted(torch.randint(9, (TOY - 1,), generator=g).tolist())
+            laws[prefix] = [b - a for a, b in zip([0, *cuts], [*cuts, 8], strict=True)]
+    return laws
+
+
+@pytest.mark.parametrize("coins", ["one per node", "one per position"])
+@pytest.mark.parametrize("seed", range(6))
+def test_law_of_a_step_by_enumeration(seed: int, coins: str) -> None:
+    """Over all coin outcomes, what a tree step emits (and plain decoding adds) has exactly the target's law.
+
+    The coins are either independent at every node, or, as in the engine, one uniform for each position, shared by all
+    nodes of a depth. Either way every sequence of 3 tokens must come out with the product of its conditional laws.
+    """
+    laws, depth = toy_law(seed), 3
+    g = torch.Generator().manual_seed(seed + 100)
+    width = 2 + seed % 2 if coins == "one per position" else 2
+    beams = torch.cat([torch.zeros(1, width, 1, dtype=torch.int64), torch.randint(TOY, (1, width, 2), generator=g)], 2)
+    tree = pack(beams)
+    n = int(tree.sizes[0])
+    paths = [path_of(tree.parents[0], tree.tokens[0], node)[1:] for node in range(n)]
+    per = n if coins == "one per node" else int(tree.depths[0, :n].max()) + 1
+    outcomes = torch.cartesian_prod(*[torch.arange(8)] * per).view(-1, per)
+    drawn = torch.zeros(len(outcomes), tree.tokens.shape[1], dtype=torch.int64)
+    for node in range(n):
+        coin = outcomes[:, node if coins == "one per node" else int(tree.depths[0, node])]
+        drawn[:, node] = torch.searchsorted(torch.tensor(laws[paths[node]]).cumsum(0), coin.contiguous(), right=True)
+    every = Tree(
+        *(getattr(tree, f.name).expand(len(outcomes), *[-1] * (getattr(tree, f.name).dim() - 1)) for f in fields(tree))
+    )
+    path, count = walk(every, drawn)
+    rows = zip(drawn.gather(1, path).tolist(), count.tolist(), strict=True)
+    emitted = {t: Fraction(m, len(outcomes)) for t, m in Counter(tuple(row[:k]) for row, k in rows).items()}
+    for sequence in product(range(TOY), repeat=depth):
+        wanted, found = Fraction(1), Fraction(0)
+        for k in range(depth):
+            wanted *= Fraction(laws[sequence[:k]][sequence[k]], 8)
+        for tokens, weight in emitted.items():
+            if tokens == sequence[: len(tokens)]:
+                for k in range(len(tokens), depth):
+                    weight *= Fraction(laws[sequence[:k]][sequence[k]], 8)
+                found += weight
+        assert found == wanted, (sequence, found, wanted)
 
 
 def test_verification_pass_of_the_reference() -> None:
