@@ -202,12 +202,12 @@ ATTACKS = [
     Attack(8, "descriptors", "import os\nx = [os.open('/dev/null', 0) for _ in range(300)]\nprint('BREACHED')"),
     Attack(8, "pipes", "import os\nx = [os.pipe() for _ in range(200)]\nprint('BREACHED')"),
     # 9 --------------------------------------------------------------------------------------------- endless work
-    Attack(9, "loop", "while True: pass", proof="hang", timeout_s=0.5),
-    Attack(9, "sleep", "import time\ntime.sleep(1000)", proof="hang", timeout_s=0.5),
-    Attack(9, "big_integer", "x = 3 ** (7 ** 9)", proof="hang", timeout_s=0.5),
-    Attack(9, "regex", "import re\nre.match(r'(a+)+$', 'a' * 40 + 'b')", proof="hang", timeout_s=0.5),
+    Attack(9, "loop", "while True: pass", proof="hang", timeout_s=0.3),
+    Attack(9, "sleep", "import time\ntime.sleep(1000)", proof="hang", timeout_s=0.3),
+    Attack(9, "big_integer", "x = 3 ** (7 ** 9)", proof="hang", timeout_s=0.3),
+    Attack(9, "regex", "import re\nre.match(r'(a+)+$', 'a' * 40 + 'b')", proof="hang", timeout_s=0.3),
     Attack(
-        9, "swallow", "while True:\n    try:\n        while True: pass\n    except BaseException: pass", "hang", 0.5
+        9, "swallow", "while True:\n    try:\n        while True: pass\n    except BaseException: pass", "hang", 0.3
     ),
     Attack(
         9,
@@ -215,29 +215,29 @@ ATTACKS = [
         "import contextlib, signal\nfor s in range(1, 65):\n    with contextlib.suppress(OSError, ValueError):\n"
         "        signal.signal(s, signal.SIG_IGN)\nwhile True: pass\n",
         proof="hang",
-        timeout_s=0.5,
+        timeout_s=0.3,
     ),
     Attack(
         9,
         "block_signals",
         "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
         proof="hang",
-        timeout_s=0.5,
+        timeout_s=0.3,
     ),
     Attack(
-        9, "deadlock", "import threading\nl = threading.Lock()\nl.acquire()\nl.acquire()", proof="hang", timeout_s=0.5
+        9, "deadlock", "import threading\nl = threading.Lock()\nl.acquire()\nl.acquire()", proof="hang", timeout_s=0.3
     ),
-    Attack(9, "stdin", "import os\nr, w = os.pipe()\nos.read(r, 1)", proof="hang", timeout_s=0.5),
+    Attack(9, "stdin", "import os\nr, w = os.pipe()\nos.read(r, 1)", proof="hang", timeout_s=0.3),
     Attack(
         9,
         "slow_repr",
         "class X:\n    def __repr__(self):\n        while True: pass\n    __str__ = __repr__\nprint(X())\nX()",
         proof="hang",
-        timeout_s=0.5,
+        timeout_s=0.3,
     ),
     # 10 -------------------------------------------------------------------------------------------------- output
-    Attack(10, "endless_print", "while True: print('x' * 1000)", proof="hang", timeout_s=0.5),
-    Attack(10, "endless_raw", "import os\nwhile True: os.write(1, b'x' * 65536)", proof="hang", timeout_s=0.5),
+    Attack(10, "endless_print", "while True: print('x' * 1000)", proof="hang", timeout_s=0.3),
+    Attack(10, "endless_raw", "import os\nwhile True: os.write(1, b'x' * 65536)", proof="hang", timeout_s=0.3),
     # 11 ----------------------------------------------------------------------------------------------- privilege
     Attack(11, "user_namespace", _SYSCALL + "syscall(SYS['unshare'], 0x10000000)\nprint('BREACHED')"),
     Attack(11, "mount_namespace", _SYSCALL + "syscall(SYS['unshare'], 0x00020000)\nprint('BREACHED')", root_only=True),

@@ -135,7 +135,9 @@ def _accept(target: Host, name: str, sock: socket.socket, done: threading.Event)
 
 def run_bare(code: str, cwd: Path, timeout_s: float = 20.0, *, keep_output: bool = True) -> tuple[str, int | None]:
     """The positive control: the same code in a subprocess with nothing around it. Its output, and its exit status
-    (None: it had to be killed at the time limit)."""
+    (None: it had to be killed at the time limit, which counts from the code's first line)."""
+    marker = cwd / "started"
+    code = f"open({str(marker)!r}, 'w').close()\n{code}"
     with secret_in_environment():
         child = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -145,6 +147,8 @@ def run_bare(code: str, cwd: Path, timeout_s: float = 20.0, *, keep_output: bool
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    while not marker.exists() and child.poll() is None:
+        time.sleep(0.005)
     try:
         output, _ = child.communicate(timeout=timeout_s)
         return (output or b"").decode(errors="replace"), child.returncode

@@ -103,7 +103,7 @@ def test_a_lost_session_is_new_twice(client: LocalClient) -> None:
             await ask(http, crash, "s"),
             await ask(http, "a", "s"),
             await ask(http, "a = 2", "s"),
-            await ask(http, stubborn, "s", timeout=0.5),
+            await ask(http, stubborn, "s", timeout=0.2),
             await ask(http, "a", "s"),
             await ask(http, "b = 1", "s"),
         ]
@@ -111,7 +111,7 @@ def test_a_lost_session_is_new_twice(client: LocalClient) -> None:
         assert (replies[1]["process_status"], replies[1]["stderr"]) == ("error", "connection closed\n")
         assert (replies[4]["process_status"], replies[4]["stderr"]) == (
             "timeout",
-            "Execution timed out after 0.5 seconds\n",
+            "Execution timed out after 0.2 seconds\n",
         )
 
     serve(client, body)
@@ -140,8 +140,8 @@ def test_languages_of_one_process(client: LocalClient) -> None:
         failed = await ask(http, "1 / 0", language="python")
         assert failed["process_status"] == "completed"
         assert failed["stderr"].endswith('File "<string>", line 1, in <module>\nZeroDivisionError: division by zero\n')
-        late = await ask(http, "import time\ntime.sleep(3)", language="python", timeout=1)
-        assert late == {"process_status": "timeout", "stdout": "", "stderr": "Execution timed out after 1 seconds\n"}
+        late = await ask(http, "import time\ntime.sleep(3)", language="python", timeout=0.2)
+        assert late == {"process_status": "timeout", "stdout": "", "stderr": "Execution timed out after 0.2 seconds\n"}
         shell = await ask(http, "echo hi; exit 3", language="shell")
         assert (shell["process_status"], shell["stdout"]) == ("error", "hi\n")
         lean = await ask(http, "#eval 1", language="lean4")
@@ -221,12 +221,12 @@ def test_a_full_service_says_so(client: LocalClient) -> None:
 def test_idle_sessions_expire_when_asked(client: LocalClient) -> None:
     async def body(http: httpx.AsyncClient) -> None:
         await ask(http, "a = 1", "s")
-        busy = asyncio.create_task(ask(http, "import time; time.sleep(1)", "busy"))
-        await asyncio.sleep(0.8)
+        busy = asyncio.create_task(ask(http, "import time; time.sleep(0.6)", "busy"))
+        await asyncio.sleep(0.5)
         assert set((await http.get("/sessions")).json()["sessions"]) == {"busy"}
         assert (await busy)["process_status"] == "completed"
 
-    serve(client, body, idle_s=0.3)
+    serve(client, body, idle_s=0.2)
 
 
 def test_deleting_a_running_session_ends_its_block(client: LocalClient) -> None:
@@ -258,7 +258,7 @@ def http_session(app: Starlette, **settings: Any) -> HttpSession:
 def test_the_http_option_keeps_the_contract(client: LocalClient) -> None:
     async def body() -> list[Outcome]:
         app = Service(client, max_sessions=10, idle_s=0).app()
-        session = http_session(app, output_chars=20, timeout_s=0.5)
+        session = http_session(app, output_chars=20, timeout_s=0.3)
         try:
             blocks = ("x = 1", "x", "print('y' * 30)", "while True: pass", "x", "import os; os._exit(1)", "x")
             return [await session.execute(block) for block in blocks]

@@ -120,7 +120,7 @@ def test_time_limit_keeps_output_and_state(run: Run) -> None:
 
 def test_a_block_that_cannot_be_interrupted_loses_its_state(run: Run) -> None:
     stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('on', flush=True)\nwhile True: pass"
-    lost, after = run(stubborn, "'x' in globals()", timeout_s=0.3)
+    lost, after = run(stubborn, "'x' in globals()", timeout_s=0.2)
     assert (lost.status, lost.stdout, lost.state_lost) == ("timeout", "on\n", True)
     assert (after.status, after.stdout) == ("completed", "False\n")
 
@@ -307,7 +307,7 @@ def test_execution_time_of_a_session_is_limited(client: LocalClient, monkeypatch
         finally:
             await session.close()
 
-    monkeypatch.setattr(client, "limits", limits(session_s=0.5))
+    monkeypatch.setattr(client, "limits", limits(session_s=0.3))
     first, second, third = asyncio.run(body())
     assert first.status == "completed"
     assert second.status == "timeout" and second.seconds < 2.0
