@@ -54,6 +54,10 @@ class Solved:
     seconds: float = 0.0
 
 
+MAX_LOST = 32
+"""Generations in a row that lose every session they have before the sandbox is held to be broken."""
+
+
 class Solver:
     """Solves problems against one server and one sandbox; `solve` may run for many problems at once."""
 
@@ -86,6 +90,7 @@ class Solver:
         self._slots = asyncio.Semaphore(max_concurrent)
         self._keep = keep
         self._failures, self._max_failures = 0, max_failures
+        self._lost = 0
         self._watch = watch
 
     async def solve(self, task: Task) -> Solved:
@@ -149,7 +154,18 @@ class Solver:
                 raise Failure(
                     f"the server failed {self._failures} generations in a row; the last with: {transcript.error}"
                 )
+            self._watch_sandbox(transcript)
             return ballot_of(sample, transcript)
+
+    def _watch_sandbox(self, transcript: Transcript) -> None:
+        """A crash is what the code did; sessions that all die are a broken sandbox, and the answers worth nothing."""
+        if transcript.code_runs:
+            self._lost = self._lost + 1 if transcript.code_lost == transcript.code_runs else 0
+        if self._lost >= MAX_LOST:
+            raise Failure(
+                f"every session of {self._lost} generations in a row died in the sandbox: see logs/sandbox.log, then "
+                "`omr artifacts prune` and run again"
+            )
 
     def _account(
         self, task: Task, ballots: list[Ballot], live: dict[int, Transcript], stopped: str | None, seconds: float

@@ -93,6 +93,8 @@ class Transcript:
     code_runs: int = 0
     code_errors: int = 0
     code_timeouts: int = 0
+    code_lost: int = 0
+    """Blocks whose session died with them, timeouts left out."""
     code_seconds: float = 0.0
     sandbox_failures: int = 0
     stream_drops: int = 0
@@ -326,6 +328,7 @@ class Transcript:
         self.code_seconds += self._now() - at
         self.code_errors += outcome.status != "completed"
         self.code_timeouts += outcome.status == "timeout"
+        self.code_lost += outcome.state_lost and outcome.status != "timeout"
         remaining = self.limits.code_executions - self.code_runs
         notice = remaining_notice(remaining) if self.limits.remaining_notice else ""
         stdout, stderr = (self._printable(text) for text in (outcome.stdout, outcome.stderr))

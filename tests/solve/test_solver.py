@@ -10,6 +10,7 @@ import pytest
 
 from omr.errors import Failure, StreamDropped
 from omr.sampling import Sampling
+from omr.sandbox import Outcome
 from omr.solve.prompt import tags_named
 from omr.solve.solver import Solved, Solver, Task
 from omr.solve.transcript import Limits, Transcript
@@ -139,6 +140,22 @@ def test_a_failing_server_is_survived_until_nothing_else_comes() -> None:
     dead = ScriptedClient(lambda r: Reply(error=StreamDropped("gone")))
     with pytest.raises(Failure, match="generations in a row; the last with: gone"):
         solve(dead, StopPolicy(planned=6), max_failures=3)
+
+
+def test_a_sandbox_that_loses_every_session_ends_the_run() -> None:
+    calls = lambda r: Reply("<tool_call>\n1\n</tool_call>" if len(r.prompt) == 3 else "\\boxed{7}")  # noqa: E731
+    broken = ScriptedSandbox(lambda code: Outcome(status="error", stderr="connection closed\n", state_lost=True))
+    with pytest.raises(Failure, match="every session of 32 generations in a row died"):
+        solve(ScriptedClient(calls), StopPolicy(planned=40), sandbox=broken)
+    seen: list[str] = []
+
+    def crashes_now_and_then(code: str) -> Outcome:
+        seen.append(code)
+        lost = len(seen) % 8 != 0
+        return Outcome(status="error" if lost else "completed", state_lost=lost)
+
+    solved, kept = solve(ScriptedClient(calls), StopPolicy(planned=40), sandbox=ScriptedSandbox(crashes_now_and_then))
+    assert len(kept) == 40 and solved.vote.answer == "7"
 
 
 def test_cancelling_a_problem_leaves_nothing_running() -> None:
