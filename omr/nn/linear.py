@@ -6,7 +6,7 @@ All compute y = x W^T + b with W the dequantised weight; they differ in what is 
     Fp8Linear    E4M3, scale per tensor or     W dequantised once; x rounded to      E4M3 x E4M3 product
                  row, static input scale       E4M3 at the input scale each call     (torch._scaled_mm)
     Int8Linear   int8, scale per row           float32: W dequantised once           int8 product up to 64
-                                               bf16: int8 product up to 8 rows,      rows, else W dequantised
+                                               bf16: int8 product up to 32 rows,     rows, else W dequantised
                                                else W dequantised each call          each call
     GroupLinear  4 or 8 bits, scale per group  W dequantised once                    W dequantised once
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 E4M3_MAX = 448.0
+SHIFT = 1.5 * 2.0**20
 CAST_ELEMENTS = 2048
 """Below this many elements the scalar cast to E4M3 is faster than the arithmetic, which takes more calls."""
 
@@ -40,8 +41,8 @@ def round_e4m3(x: torch.Tensor) -> torch.Tensor:
     leaves exactly the float32 rounding at that spacing.
     """
     x = x.clamp(-E4M3_MAX, E4M3_MAX)
-    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-6).mul_(1.5 * 2.0**20)
-    return (x + power).sub_(power)
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-6)
+    return torch.add(x, power, alpha=SHIFT).sub_(power, alpha=SHIFT)
 
 
 class QuantLinear(nn.Module):
@@ -116,7 +117,7 @@ class Fp8Linear(QuantLinear):
 class Int8Linear(QuantLinear):
     """int8 weight (N, K) with one scale per row; activations stay in the model's dtype."""
 
-    MAX_PACKED_ROWS = 8
+    MAX_PACKED_ROWS = 32
     MAX_KERNEL_ROWS = 64
 
     def __init__(

@@ -40,7 +40,7 @@ def test_fp8_rounds_weights_and_activations(per_row: bool) -> None:
 
 @pytest.mark.parametrize("columns", [20, 48])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 8, 9, 40])
+@pytest.mark.parametrize("rows", [1, 32, 33])
 def test_int8_equals_its_dequantised_weight(rows: int, dtype: torch.dtype, columns: int) -> None:
     weight = torch.randint(-127, 128, (48, columns), dtype=torch.int8)
     scale = (torch.rand(48, 1) * 0.1 + 0.01).to(dtype)
