@@ -27,11 +27,11 @@ _ALLOWED = """
 read write pread64 pwrite64 readv writev preadv pwritev open openat openat2 creat close close_range lseek stat fstat
 lstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getdents getdents64 getcwd chdir
 fchdir mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 link linkat symlink symlinkat truncate ftruncate
-fallocate fadvise64 fsync fdatasync umask flock copy_file_range sendfile
+fallocate fadvise64 fsync fdatasync umask copy_file_range sendfile
 getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr
 pipe pipe2 dup dup2 dup3 select pselect6 poll ppoll epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait
-epoll_pwait2 eventfd eventfd2 timerfd_create timerfd_settime timerfd_gettime recvfrom shutdown getsockopt setsockopt
-getsockname getpeername
+epoll_pwait2 eventfd eventfd2 timerfd_create timerfd_settime timerfd_gettime recvfrom shutdown getsockopt getsockname
+getpeername
 mmap mprotect munmap mremap brk madvise msync
 futex set_robust_list get_robust_list rseq membarrier set_tid_address arch_prctl
 sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max sched_get_priority_min getcpu

@@ -74,7 +74,7 @@ REFUSED = (
     "io_uring_setup memfd_create memfd_secret shmget msgget semget mq_open unshare setns mount umount2 pivot_root "
     "chroot mknodat setuid setresuid setgroups capset personality init_module kexec_load open_by_handle_at pidfd_open "
     "pidfd_getfd pidfd_send_signal setpriority sched_setaffinity seccomp open_tree move_mount fsopen syslog reboot "
-    "execveat vmsplice sync tkill rt_sigqueueinfo process_madvise sethostname mlock quotactl"
+    "execveat vmsplice sync tkill rt_sigqueueinfo process_madvise sethostname mlock quotactl setsockopt flock"
 )
 
 
