@@ -22,6 +22,8 @@ from torch import Tensor
 from omr.drafter import DraftModel
 from omr.nn.draft_tree import Tree, beam_search, pack
 from omr.nn.eight_bit import eight_bit
+from omr.nn.linear import lay_out
+from omr.nn.packed import dense_add, dense_product
 from omr.nn.redrafter import Redrafter
 
 silu_, silu_out = torch.ops.aten.silu_.default, torch.ops.aten.silu.out
@@ -102,24 +104,23 @@ class TabulatedChain:
                 self.context_part = self._product(linears[0].weight[:, :h], linears[0].bias)
                 self.state_part = self._add(linears[0].weight[:, h:])
             self.blocks = [self._product(linear.weight, linear.bias) for linear in linears[1:]]
-            self.out = head.head.products(eight_bit if in_eight_bit else None)
+            parts = head.head.parts
+            self.out = [self._product(part, None) for part in parts]
             self.table = head.draft_tokens
 
-    def _product(self, weight: Tensor, bias: Tensor) -> Product:
+    def _product(self, weight: Tensor, bias: Tensor | None) -> Product:
         """x -> x W^T + b"""
         if self.eight:
             run: Product = eight_bit(weight, bias).forward
             return run
-        turned, shift = weight.detach().T.contiguous(), bias.detach().clone()
-        return lambda x: torch.addmm(shift, x, turned)
+        return dense_product(lay_out(weight.detach().contiguous()), bias, packed=True)
 
     def _add(self, weight: Tensor) -> Add:
         """(y, x) -> y + x W^T"""
         if self.eight:
             run: Product = eight_bit(weight, None).forward
             return lambda y, x: run(x).add_(y)
-        turned = weight.detach().T.contiguous()
-        return lambda y, x: torch.addmm(y, x, turned)
+        return dense_add(lay_out(weight.detach().contiguous()), packed=True)
 
     @torch.inference_mode()
     def propose(self, hidden: Tensor | None, tokens: Tensor, history: Sequence[Sequence[int]] | None) -> Tensor:

@@ -14,12 +14,10 @@ Any of them can be restricted to a draft vocabulary of D < V tokens. The loss ne
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Product = Callable[[Tensor], Tensor]
 Pack = Callable[[Tensor, Tensor | None], nn.Module]
 HEADS = ("full", "low_rank", "base")
 
@@ -41,12 +39,6 @@ class DraftHead(nn.Module):
     def parts(self) -> list[Tensor]:
         """The weights of logits = x @ parts[0].T @ parts[1].T ..., without bias."""
         return [self.matrix]
-
-    def products(self, pack: Pack | None = None) -> list[Product]:
-        """`parts` as functions to apply in turn, float products or the layers that `pack` makes of a weight."""
-        if pack is None:
-            return [partial(F.linear, weight=part.detach()) for part in self.parts]
-        return [pack(part, None).forward for part in self.parts]
 
     def attach(self, output_matrix: Tensor) -> None:
         """Take the base's output matrix, if this head uses it."""
