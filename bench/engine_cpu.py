@@ -1,10 +1,10 @@
 """The native engine on CPU beside transformers' generate: same weights, same prompts, same process, turns taken.
 
-    python bench/engine_cpu.py [--model FOLDER] [--batches 1,4,12] [--new 128] [--threads 1] [--repeats 3]
+    python bench/engine_cpu.py [--model FOLDER] [--batches 1,4,12] [--new 128] [--threads 1] [--dtype bfloat16]
 
-Both decode greedily in float32 to `--new` tokens whatever they say, prompts cut to one length (transformers would pad).
-A figure is the best of the repeats; the ratio is the median of the ratios within a repeat. The machine's state matters
-less to ratios and to tokens per CPU-second than to tokens per second.
+Both decode greedily in the same dtype to `--new` tokens whatever they say, prompts cut to one length (transformers
+would pad). A figure is the best of the repeats; the ratio is the median of the ratios within a repeat. The machine's
+state matters less to ratios and to tokens per CPU-second than to tokens per second.
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--engine-only", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ours = load(args.model, device="cpu", dtype=torch.float32)
+    ours = load(args.model, device="cpu", dtype=getattr(torch, args.dtype))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
@@ -80,10 +81,9 @@ def main() -> None:
     length = min(map(len, encoded))
     theirs = None
     if not args.engine_only:
-        theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    print(
-        f"torch {torch.__version__}, {args.threads} thread(s), prompt {length} tokens, {args.new} new tokens, float32"
-    )
+        theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    shape = f"prompt {length} tokens, {args.new} new tokens, {args.dtype}"
+    print(f"torch {torch.__version__}, {args.threads} thread(s), {shape}")
     for batch in (int(b) for b in args.batches.split(",")):
         prompts = [encoded[i % len(encoded)][-length:] for i in range(batch)]
         tokens = batch * (length + args.new + 32)
