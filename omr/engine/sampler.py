@@ -96,7 +96,8 @@ def draw(logits: torch.Tensor, law: Law, positions: torch.Tensor) -> torch.Tenso
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     threshold = cumulative[:, -1:] * uniform(law.seed, positions)[:, None]
     tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    tokens = torch.minimum(tokens, _last_positive(cumulative))
+    # The last index is for logits that are not numbers: a token out of range would take the whole batch down.
+    tokens = torch.minimum(tokens, _last_positive(cumulative)).clamp_(max=logits.shape[-1] - 1)
     return torch.where(law.greedy, logits.argmax(-1), tokens) if law.any_greedy else tokens
 
 

@@ -123,6 +123,15 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     assert sampler.draw(logits, law, torch.zeros(4000, dtype=torch.int64)).unique().tolist() == [3]
 
 
+def test_logits_that_are_not_numbers_harm_nobody_else() -> None:
+    logits = torch.randn(3, 20)
+    alone = sampler.draw(logits[2:], law_of([request(seed=5)], 20), torch.tensor([4]))
+    logits[:2] = float("nan")
+    requests = [request(), request(top_p=0.5, top_k=3, min_p=0.1), request(seed=5)]
+    tokens = sampler.draw(logits, law_of(requests, 20), torch.tensor([4, 4, 4]))
+    assert ((tokens >= 0) & (tokens < 20)).all() and tokens[2] == alone[0]
+
+
 def test_greedy_rows_beside_sampled_ones() -> None:
     logits = torch.randn(3, 20)
     law = law_of([request(temperature=0.0), request(temperature=2.0, seed=1), request(temperature=0.0, top_k=3)], 20)

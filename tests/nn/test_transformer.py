@@ -92,6 +92,25 @@ def test_paged_steps_equal_transformers(variant: PreTrainedModel, tmp_path: Path
             starts += new
 
 
+def test_paged_steps_in_bf16_are_close_to_float32(variant: PreTrainedModel, tmp_path: Path) -> None:
+    variant.save_pretrained(tmp_path)
+    ids = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(3))
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(tmp_path, device="cpu", dtype=dtype)
+        decoder = Decoder(model, 64)
+        cache = KVCache(model.config, 8, BLOCK, model.device, dtype)
+        with torch.inference_mode():
+            prompt = torch.arange(36)
+            parts = [Part(start=0, length=36, context=0, slots=None)]
+            decoder.forward(ids[:36], prompt, Ragged(cache=cache, slots=prompt + BLOCK, parts=parts))
+            positions = torch.arange(36, 40)[None]
+            batch = Padded(cache, torch.arange(1, 7)[None], positions, positions[0] + BLOCK, 39)
+            rows.append(decoder.logits(decoder.forward(ids[36:], positions[0], batch)))
+    assert rows[1].dtype == torch.float32
+    assert 0 < (rows[1] - rows[0]).norm() / rows[0].norm() < 0.05
+
+
 def test_fusing_keeps_the_modules_and_one_copy_of_the_weights(variant: PreTrainedModel, tmp_path: Path) -> None:
     variant.save_pretrained(tmp_path)
     model = load(tmp_path, device="cpu")
