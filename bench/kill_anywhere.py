@@ -39,9 +39,9 @@ COMMAND = [
     "+experiment=fp8_redrafter",
     "sampling=greedy",
     "job.num_generations=1",
-    "drafter.train.rows=600",
-    "quant.calib_samples=64",
-    "benchmark.limit=60",
+    "drafter.train.rows=240",
+    "quant.calib_samples=32",
+    "benchmark.limit=40",
     "study=kill",
 ]
 

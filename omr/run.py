@@ -161,7 +161,7 @@ def _describe(run: Run, overrides: list[str]) -> None:
     data = {f.name: _plain(getattr(run.cfg, f.name)) for f in dataclasses.fields(run.cfg)}
     resolved = run.folder / "config.yaml"
     resolved.write_text(OmegaConf.to_yaml(OmegaConf.create(data)))
-    run.tracker.params(dict(_flat(data)))
+    run.tracker.params(choices(run.cfg) | dict(_flat(data)))
     run.tracker.tags(
         {f"choice.{group}": name for group, name in choices(run.cfg).items()}
         | {
