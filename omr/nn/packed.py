@@ -21,6 +21,9 @@ Add = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 FEW_ROWS = 3
 """Rows of x from which float32 products use the packed weight."""
+MANY_ROWS = 64
+"""Rows up to which it is used. oneDNN compiles a kernel for every number of rows, half a millisecond each, and prompts
+come in all lengths; the gain there is small."""
 MAX_BYTES = 2 << 30
 """Weights of a model that are kept twice at most."""
 
@@ -38,14 +41,13 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
 def dense_product(weight: torch.Tensor, bias: torch.Tensor | None, *, packed: bool) -> Product:
     """x (T, K) -> x W^T + b (T, N) for a dense weight (N, K), by the fastest way for the number of rows."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    few = _few(weight, bias)
+    plain = _plain(weight, bias)
     ready = pack(weight) if packed else None
     if ready is None:
-        return few
+        return plain
     linear = torch.ops.mkldnn._linear_pointwise
-    if weight.dtype != torch.float32:
-        return lambda x: linear(x, ready, bias, "none", [], "")
-    return lambda x: few(x) if x.shape[0] < FEW_ROWS else linear(x, ready, bias, "none", [], "")
+    rows = range(FEW_ROWS if weight.dtype == torch.float32 else 1, MANY_ROWS + 1)
+    return lambda x: linear(x, ready, bias, "none", [], "") if x.shape[0] in rows else plain(x)
 
 
 def dense_add(weight: torch.Tensor, *, packed: bool) -> Add:
@@ -56,18 +58,17 @@ def dense_add(weight: torch.Tensor, *, packed: bool) -> Add:
     if ready is None:
         return lambda residual, x: torch.addmm(residual, x, turned)
     linear = torch.ops.mkldnn._linear_pointwise.binary
-    if weight.dtype != torch.float32:
-        return lambda residual, x: linear(x, residual, ready, None, "add")
+    rows = range(FEW_ROWS if weight.dtype == torch.float32 else 1, MANY_ROWS + 1)
 
     def add(residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] < FEW_ROWS:
-            return torch.addmm(residual, x, turned)
-        return linear(x, residual, ready, None, "add")
+        if x.shape[0] in rows:
+            return linear(x, residual, ready, None, "add")
+        return torch.addmm(residual, x, turned)
 
     return add
 
 
-def _few(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     turned = weight.t()
     if not turned.is_contiguous():
         return lambda x: F.linear(x, weight, bias)
