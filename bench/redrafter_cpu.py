@@ -64,8 +64,9 @@ def main() -> None:
     model = load(args.model, device="cpu")
     drafts = {
         "plain": None,
-        "redrafter": Redrafter().load(args.drafter, model),
-        "ngram": Ngram().load(None, model),
+        "redrafter": Redrafter(adaptive=False).load(args.drafter, model),
+        "ngram": Ngram(adaptive=False).load(None, model),
+        "ngram, adaptive": Ngram().load(None, model),
     }
     print("| batch | drafter | tok per CPU-s | ratio to plain | accepted length | decode share of CPU |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -30,6 +30,8 @@ class DraftModel(Protocol):
     """Tokens proposed per step, the same for every sequence."""
     needs_hidden: bool
     """Whether `propose` reads the target's hidden state (and can be captured in a CUDA graph)."""
+    adaptive: bool
+    """Draft only while that is faster than plain decoding, as the engine measures it."""
 
     def propose(
         self,

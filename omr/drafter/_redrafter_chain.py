@@ -54,6 +54,7 @@ class Chain:
     """Static shapes, no host synchronisation: fit for a CUDA graph."""
 
     needs_hidden = True
+    adaptive = False
 
     def __init__(self, head: Redrafter, embedding: Tensor, num_draft_tok: int) -> None:
         self.head, self.embedding, self.num_draft_tok = head, embedding, num_draft_tok
@@ -85,6 +86,7 @@ class TabulatedChain:
     """The same chain with few calls per draft."""
 
     needs_hidden = True
+    adaptive = False
 
     def __init__(self, head: Redrafter, embedding: Tensor, num_draft_tok: int, *, in_eight_bit: bool = False) -> None:
         self.num_draft_tok = num_draft_tok

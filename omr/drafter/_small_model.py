@@ -40,6 +40,7 @@ class SmallModelDraft:
     """See the module text."""
 
     needs_hidden = False
+    adaptive = False
 
     def __init__(self, folder: Path, base: Transformer, num_draft_tok: int, kv_cache_tokens: int) -> None:
         model = load(folder, device=str(base.device), dtype=base.dtype)

@@ -26,6 +26,8 @@ class SmallModel(ModelDrafter):
 
     kv_cache_tokens: int = field(default=32768, metadata={"content": False})
     """Tokens of all sequences together that the small model's cache holds, in the native engine."""
+    adaptive: bool = field(default=True, metadata={"content": False})
+    """Draft only while that is faster than plain decoding, as measured while serving; output is the same either way."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,4 +41,6 @@ class SmallModel(ModelDrafter):
         path = Path(self.weights())
         if not path.is_dir():
             raise InputError(f"drafter.model={self.model} is no folder here; server=native needs the model on disk")
-        return SmallModelDraft(path, base, self.draft_tok, self.kv_cache_tokens)
+        draft = SmallModelDraft(path, base, self.draft_tok, self.kv_cache_tokens)
+        draft.adaptive = self.adaptive
+        return draft

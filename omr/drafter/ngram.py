@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from omr.drafter import Drafter
@@ -38,6 +38,8 @@ class Ngram(Drafter):
     """Longest suffix looked up, in tokens."""
     min_ngram: int = 1
     """Shortest suffix looked up, in tokens."""
+    adaptive: bool = field(default=True, metadata={"content": False})
+    """Draft only while that is faster than plain decoding, as measured while serving; output is the same either way."""
 
     def __post_init__(self) -> None:
         if self.draft_tok < 1:
@@ -49,7 +51,7 @@ class Ngram(Drafter):
             )
 
     def load(self, folder: object, base: Transformer) -> PromptLookup:
-        return PromptLookup(self.draft_tok, self.max_ngram, self.min_ngram)
+        return PromptLookup(self.draft_tok, self.max_ngram, self.min_ngram, adaptive=self.adaptive)
 
 
 class PromptLookup:
@@ -57,7 +59,8 @@ class PromptLookup:
 
     needs_hidden = False
 
-    def __init__(self, num_draft_tok: int, max_ngram: int, min_ngram: int) -> None:
+    def __init__(self, num_draft_tok: int, max_ngram: int, min_ngram: int, *, adaptive: bool = False) -> None:
+        self.adaptive = adaptive
         self.num_draft_tok, self.max_ngram, self.min_ngram = num_draft_tok, max_ngram, min_ngram
 
     def propose(

@@ -132,6 +132,8 @@ class Redrafter(Drafter):
     """Draft positions trained."""
     draft_tok: int | None = field(default=None, metadata={"content": False})
     """Tokens drafted per step when serving; null is predict_n, more is refused."""
+    adaptive: bool = field(default=True, metadata={"content": False})
+    """Draft only while that is faster than plain decoding, as measured while serving; output is the same either way."""
     num_beams: int = field(default=1, metadata={"content": False})
     """1 drafts a chain; more draft a tree of the likeliest beams, verified in one forward of up to
     1 + num_beams * draft_tok tokens."""
@@ -216,4 +218,6 @@ class Redrafter(Drafter):
                 f"set drafter.draft_tok={config.predict_n} or train with drafter.predict_n={wanted}"
             )
         head.attach(base.lm_head.weight)
-        return draft_model(head, base.embed.weight, wanted, num_beams=self.num_beams, in_eight_bit=self.eight_bit)
+        draft = draft_model(head, base.embed.weight, wanted, num_beams=self.num_beams, in_eight_bit=self.eight_bit)
+        draft.adaptive = self.adaptive
+        return draft

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from omr.drafter import Drafter
@@ -47,6 +47,8 @@ class Suffix(Drafter):
     """Drafted tokens per token of the matched pattern, at most."""
     min_token_prob: float = 0.1
     """Least estimated probability of a drafted token."""
+    adaptive: bool = field(default=True, metadata={"content": False})
+    """Draft only while that is faster than plain decoding, as measured while serving; output is the same either way."""
 
     def __post_init__(self) -> None:
         if self.draft_tok < 1:
@@ -69,7 +71,7 @@ class SuffixLookup:
 
     def __init__(self, option: Suffix, remembered_tok: int = REMEMBERED_TOK) -> None:
         self.option, self.remembered_tok = option, remembered_tok
-        self.num_draft_tok = option.draft_tok
+        self.num_draft_tok, self.adaptive = option.draft_tok, option.adaptive
         self._places: dict[tuple[int, ...], deque[tuple[list[int], int]]] = {}
         self._texts: deque[list[int]] = deque()
         self._live: dict[int, list[int]] = {}  # by identity of the sequence's list

@@ -21,6 +21,7 @@ import random
 
 from omr.drafter import DraftModel
 from omr.engine.blocks import BlockPool
+from omr.engine.pace import Pace
 from omr.engine.request import Output, Request, Sequence
 from omr.engine.runner import Drawn, Runner
 from omr.engine.scheduler import Prefill, Scheduler
@@ -87,6 +88,7 @@ class Engine:
             prefix_caching=prefix_caching,
         )
         self.runner = self._runner(decoder, cache, max_batch_size, draft)
+        self.pace = Pace() if getattr(draft, "adaptive", False) else None
         self.counts = SpecCounts(accepted_per_pos=[0] * num_draft_tok)
         self._seqs: dict[str, Sequence] = {}
 
@@ -163,8 +165,16 @@ class Engine:
                 chunk.seq.decoding = chunk.last
                 self.scheduler.computed(chunk.seq, chunk.seq.num_computed + chunk.length)
         else:
-            drawn = self.runner.decode(plan.seqs)
+            drawn = self._decode(plan.seqs)
         return [self._keep(one) for one in drawn]
+
+    def _decode(self, seqs: list[Sequence]) -> list[Drawn]:
+        if self.pace is None:
+            return self.runner.decode(seqs)
+        self.runner.speculate = self.pace.speculates(len(seqs))
+        drawn = self.runner.decode(seqs)
+        self.pace.done(sum(len(one.tokens) for one in drawn) / len(drawn))
+        return drawn
 
     def _keep(self, drawn: Drawn) -> Output:
         """Append what was drawn up to the request's end, count acceptance, and free a finished sequence."""

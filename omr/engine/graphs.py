@@ -112,8 +112,7 @@ class GraphRunner(Runner):
             return super().decode(seqs)
         sampled = [seq.request for seq in seqs if seq.request.temperature > 0]
         kind = KINDS[0] if not sampled else KINDS[2] if any(r.filtered for r in sampled) else KINDS[1]
-        speculate = self.draft is not None and any(seq.request.speculate for seq in seqs)
-        new = 1 + self.num_draft_tok if speculate else 1
+        new = 1 + self.num_draft_tok if self._speculates(seqs) else 1
         bucket = next(size for size in self.buckets if size >= len(seqs))
         graph = self._graph(bucket, kind, new)
         self._upload(seqs, bucket)

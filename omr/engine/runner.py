@@ -43,6 +43,8 @@ class Runner:
         self.decoder, self.cache, self.draft = decoder, cache, draft
         self.device = decoder.device
         self.vocab_size = decoder.config.vocab_size
+        self.speculate = True
+        """False decodes the next steps plainly. Tokens are the same either way."""
         # Final-norm state at the position that predicted each row's newest token; the drafter starts from it.
         self.hidden = torch.zeros(max_batch_size, decoder.config.hidden_size, dtype=decoder.dtype, device=self.device)
         self._laws: dict[int, tuple[list[int], sampler.Law]] = {}
@@ -85,7 +87,7 @@ class Runner:
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
         """One step of decoding sequences: one new token each, or more where drafts agree."""
-        drafts = self._propose(seqs) if self.draft and any(seq.request.speculate for seq in seqs) else None
+        drafts = self._propose(seqs) if self._speculates(seqs) else None
         new = 1 if drafts is None else 1 + drafts.shape[1]
         starts = [len(seq.tokens) - 1 for seq in seqs]
         longest = max(starts) + new - 1
@@ -108,6 +110,9 @@ class Runner:
         if self.draft is not None:
             self.hidden[self._ids([seq.row for seq in seqs])] = hidden.index_select(0, self._ids(starts))
         return drawn
+
+    def _speculates(self, seqs: list[Sequence]) -> bool:
+        return self.draft is not None and self.speculate and any(seq.request.speculate for seq in seqs)
 
     def _propose(self, seqs: list[Sequence]) -> torch.Tensor:
         """Drafts (B, n) int64."""

@@ -83,7 +83,7 @@ class TreeRunner(Runner):
 
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
-        if not any(seq.request.speculate for seq in seqs):
+        if not self._speculates(seqs):
             return super().decode(seqs)
         rows = self._ids([seq.row for seq in seqs])
         newest = self._ids([seq.tokens[-1] for seq in seqs])

@@ -10,6 +10,7 @@ not matter.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from omr.drafter import DraftModel
 from omr.drafter.ngram import Ngram
 from omr.drafter.redrafter import Redrafter
 from omr.engine.engine import Engine
+from omr.engine.pace import Pace
 from omr.engine.request import Request
 from omr.nn.loader import load
 from omr.nn.transformer import Transformer
@@ -77,14 +79,14 @@ def drafter(name: str, model: Transformer) -> DraftModel | None:
     if name == "none":
         return None
     if name == "ngram":
-        return Ngram().load(None, model)
+        return Ngram(adaptive=False).load(None, model)
     if name in ("oracle", "contrary"):
         return Oracle(model, contrary=name == "contrary")
     if name == "constant":
         return Constant()
     name, _, shape = name.partition("-")
     beams, _, length = (shape or "1x4").partition("x")  # the newest token counts, as in the reference
-    option = Redrafter(predict_n=int(length) - 1, num_beams=int(beams))
+    option = Redrafter(predict_n=int(length) - 1, num_beams=int(beams), adaptive=False)
     return option.load(DATA / f"drafter_{name}", model)
 
 
@@ -157,6 +159,25 @@ def test_sampled_output_is_plain_decoding_s(name: str, knobs: dict[str, object],
     for sizes in ({}, {"max_batch_size": 2, "kv_cache_tokens": 160, "block_size": 4}):  # the second one preempts
         drafted, _ = generate(engine(model, name, **sizes), prompts(seed=5, **knobs))
         assert drafted == plain
+
+
+@pytest.mark.parametrize("name", ["rnn2", "ngram", "rnn2-4x4"])
+def test_output_is_the_same_whenever_drafting_is_switched(name: str, model: Transformer) -> None:
+    """Speculative and plain steps alternate at random: as `adaptive` may do, or requests that ask for none."""
+    rng = random.Random(3)
+    made = engine(model, name)
+    made.runner.draft.adaptive = True  # type: ignore[union-attr]
+    made.pace = Pace(clock=rng.random)
+    quiet = [
+        Request(id=f"q{i}", prompt_ids=ids, max_tokens=60, ignore_eos=True, speculate=False)
+        for i, ids in enumerate(GREEDY["prompts"][:2])
+    ]
+    tokens, lengths = generate(made, prompts() + quiet)
+    rows = GREEDY["autoregressive_rows"]
+    assert list(tokens.values()) == rows + rows[:2]
+    assert all(set(lengths[r.id]) == {1} for r in quiet)
+    steps = [n for i in range(4) for n in lengths[str(i)]]
+    assert made.counts.drafts < len(steps) and max(steps) > 1
 
 
 def joint(

@@ -24,7 +24,7 @@ GREEDY = json.loads((DATA / "generate_greedy.json").read_text())
 @pytest.mark.parametrize("kv_cache_tokens", [4096, 200])
 def test_the_base_as_its_own_drafter_accepts_everything(kv_cache_tokens: int) -> None:
     model = load(BASE, device="cpu")
-    draft = SmallModel(model=str(BASE), draft_tok=4, kv_cache_tokens=kv_cache_tokens).load(None, model)
+    draft = SmallModel(model=str(BASE), draft_tok=4, kv_cache_tokens=kv_cache_tokens, adaptive=False).load(None, model)
     engine = Engine(model, max_batch_size=2, kv_cache_tokens=2048, draft=draft)
     for i, ids in enumerate(GREEDY["prompts"]):
         engine.add(Request(id=str(i), prompt_ids=ids, max_tokens=60, ignore_eos=True))
