@@ -102,14 +102,14 @@ def one_round(command: list[str], home: Path, stage: str, after: float, referenc
             if seen(STAGES[stage], line) and not (stage == "serve" and "building" in line):
                 break
         if stage == "serve":
-            wait_until(lambda: any("omr.server" in " ".join(p.cmdline()) for p in family(child.pid)), 30)
+            wait_until(lambda: any("omr.server" in name(p) for p in family(child.pid)), 30)
         threading.Thread(target=child.stderr.read, daemon=True).start()  # keep the pipe empty
         time.sleep(after)
         relatives = family(child.pid)
         child.send_signal(signal.SIGKILL)
         child.wait()
     if not wait_until(lambda: not any(is_alive(p) for p in relatives), 10):
-        problems.append(f"orphans: {[' '.join(p.cmdline())[:80] for p in relatives if is_alive(p)]}")
+        problems.append(f"orphans: {[name(p)[:80] for p in relatives if is_alive(p)]}")
         for process in relatives:
             if is_alive(process):
                 process.kill()
@@ -150,6 +150,13 @@ def family(pid: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def is_alive(process: psutil.Process) -> bool:
