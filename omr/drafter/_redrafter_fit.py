@@ -123,6 +123,6 @@ def _memory_advice(option: Option) -> Iterator[None]:
         how = option.train
         raise ResourceError(
             f"out of GPU memory while training the drafter on {how.batch_rows} rows of up to {how.max_length} tokens; "
-            f"lower drafter.train.batch_rows={how.batch_rows} (and raise drafter.train.accumulation={how.accumulation} "
-            "as much), or drafter.train.max_length, or set drafter.draft_vocab_size"
+            f"lower drafter.train.forward_tok={how.forward_tok}, drafter.train.max_length or drafter.train.batch_rows"
+            f"={how.batch_rows} (raising drafter.train.accumulation={how.accumulation} as much)"
         ) from None

@@ -9,7 +9,6 @@ the number of GPUs changes rounding and nothing else.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import sys
 import time
@@ -22,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from omr.drafter._base_states import BaseStates, Batch
 from omr.drafter._documents import Document, plan
 from omr.drafter._draft_meter import DraftMeter
 from omr.drafter._ranks import Ranks
 from omr.drafter._training_state import Progress, load_state, save_state
 from omr.errors import TrainingError
-from omr.nn.draft_loss import DraftLoss, Targets, draft_loss, target_mask
+from omr.nn.draft_loss import DraftLoss, draft_loss
 from omr.nn.redrafter import Redrafter
 from omr.nn.transformer import Transformer
 
@@ -60,6 +60,7 @@ class Training:
             epochs=self.how.epochs,
             seed=self.how.seed,
         )
+        self.states = self._states(kept, [[row for rows in self._mine(step) for row in rows] for step in self.steps])
         self.base_matrix = output_matrix(base)
         self.parameters = list(drafter.parameters())
         self.optimiser = torch.optim.AdamW(
@@ -113,7 +114,7 @@ class Training:
         rate = self.how.lr * schedule(self.how.schedule.value, step, len(self.steps), self.how.warmup)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        loss, norm = self._optimise(self.steps[step], meter)
+        loss, norm = self._optimise(step, meter)
         if self._losses:
             self._check(step - 1, self._losses[-1], resume)  # one step late: the device is not waited for
         self._losses.append(loss)
@@ -153,19 +154,27 @@ class Training:
         """Losses and accuracies on the held-out documents."""
         meter = DraftMeter(self.option.predict_n, self.device)
         order = sorted(range(len(self.held_out)), key=lambda i: len(self.held_out[i].ids))
+        states = self._states(self.held_out, [[i] for i in order])
         with torch.no_grad():
-            for start in range(0, len(order), self.how.batch_rows):
-                rows = [self.held_out[i] for i in order[start : start + self.how.batch_rows]]
-                self._forward(rows, [1] * self.option.predict_n, meter)
+            for step, i in enumerate(order):
+                self._forward(states.batch(step, [i]), [1] * self.option.predict_n, meter)
         return meter.read()
 
-    def _optimise(self, micro_batches: list[list[int]], meter: DraftMeter | None) -> tuple[Tensor, Tensor]:
+    def _states(self, documents: list[Document], steps: list[list[int]]) -> BaseStates:
+        n, tokens = self.option.predict_n, self.how.forward_tok
+        return BaseStates(self.base, documents, steps, predict_n=n, forward_tok=tokens)
+
+    def _mine(self, step: list[list[int]]) -> list[list[int]]:
+        """The micro-batches of a step that this rank computes."""
+        return step[self.ranks.rank :: self.ranks.world]
+
+    def _optimise(self, step: int, meter: DraftMeter | None) -> tuple[Tensor, Tensor]:
         """One optimiser step: (loss of the step, gradient norm before clipping), on the device."""
-        counts = [[*self.kept[row].counts] for batch in micro_batches for row in batch]
+        counts = [[*self.kept[row].counts] for batch in self.steps[step] for row in batch]
         normalisers = [sum(column) for column in zip(*counts, strict=True)]
         loss = torch.zeros((), device=self.device)
-        for batch in micro_batches[self.ranks.rank :: self.ranks.world]:
-            total = self._forward([self.kept[row] for row in batch], normalisers, meter).total
+        for rows in self._mine(self.steps[step]):
+            total = self._forward(self.states.batch(step, rows), normalisers, meter).total
             torch.autograd.backward(total)
             loss += total.detach()
         self.ranks.sum_gradients(self.parameters, loss)
@@ -174,17 +183,13 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         return loss, norm
 
-    def _forward(self, rows: list[Document], normalisers: list[int], meter: DraftMeter | None) -> DraftLoss:
-        batch = Batch.of(rows, self.option.predict_n, self.device)
-        with torch.no_grad():
-            hidden = self.base.hidden_states(batch.ids)
-            embedded = self.base.embed(batch.ids)
+    def _forward(self, batch: Batch, normalisers: list[int], meter: DraftMeter | None) -> DraftLoss:
         low = self.how.precision.value == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             out = draft_loss(
                 self.drafter,
-                hidden if low else hidden.float(),
-                embedded if low else embedded.float(),
+                batch.hidden if low else batch.hidden.float(),
+                batch.embedded if low else batch.embedded.float(),
                 batch.targets,
                 normalisers,
                 want_ranks=meter is not None,
@@ -212,27 +217,6 @@ class Training:
             f"drafter loss is {loss} at step {step + 1} of {len(self.steps)}; its batch is in {path}. Lower "
             f"drafter.train.lr={self.how.lr:g}, or raise drafter.train.warmup={self.how.warmup:g}"
         )
-
-
-@dataclasses.dataclass
-class Batch:
-    """Documents padded on the right with id 0, on the device."""
-
-    ids: Tensor  # (B, T) int64
-    targets: Targets
-
-    @classmethod
-    def of(cls, rows: list[Document], predict_n: int, device: torch.device) -> Batch:
-        lengths = torch.tensor([len(row.ids) for row in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-        marks = torch.zeros(ids.shape, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row.ids)] = torch.from_numpy(row.ids)
-            marks[i, : len(row.marks)] = torch.from_numpy(row.marks)
-        targets = Targets.of(ids, target_mask(marks, lengths, predict_n))  # on the host: its sizes are needed here
-        if device.type == "cuda":
-            ids = ids.pin_memory()
-        return cls(ids.to(device, non_blocking=True), targets.to(device))
 
 
 def schedule(kind: str, step: int, steps: int, warmup: float) -> float:

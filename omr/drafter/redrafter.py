@@ -71,10 +71,12 @@ class Train:
     max_length: int = 2048
     """Longest document, in tokens; longer ones are cut."""
     epochs: int = 1
-    batch_rows: int = 4
-    """Documents per forward."""
+    batch_rows: int = 1
+    """Documents per forward and backward of the head. Few documents are best read in small steps."""
     accumulation: int = 1
     """Forwards per optimiser step, over all processes. The pipeline's step is 1 document x 4 on each of 2 GPUs."""
+    forward_tok: int = 8192
+    """Tokens per forward of the base, padding included, and of hidden states kept ahead of their step."""
     start: Start = Start.base
     """base: output matrix and scale of the state start from the base's own; random: as in the reference."""
     lr: float = 1e-3
@@ -103,7 +105,7 @@ class Train:
     """Minutes between saves of the training state; a killed training goes on from the last one."""
 
     def __post_init__(self) -> None:
-        for name in ("rows", "epochs", "batch_rows", "accumulation"):
+        for name in ("rows", "epochs", "batch_rows", "accumulation", "forward_tok"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"drafter.train.{name} must be >= 1, got {getattr(self, name)}")
         for name in ("weight_decay", "grad_clip", "held_out", "checkpoint_min", "eval_every", "patience"):
