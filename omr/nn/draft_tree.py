@@ -29,17 +29,18 @@ from torch import Tensor
 
 from omr.nn.redrafter import Redrafter
 
-MASKED = -50000.0
 KEPT_LOGITS = 50
 """Tokens that one step of the beam search can choose from, as in the reference."""
 
 
-def warp(logits: Tensor) -> Tensor:
-    """(..., D) draft logits -> log-probabilities of the best KEPT_LOGITS (and ties); the rest about MASKED."""
-    logits = logits.float()
-    logits = logits - logits.amax(-1, keepdim=True)
-    least = logits.topk(min(KEPT_LOGITS, logits.shape[-1]), dim=-1).values[..., -1:]
-    return torch.where(logits < least, MASKED, logits).log_softmax(-1)
+def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., D) draft logits -> log-probabilities and ids of the KEPT_LOGITS best, in order, among themselves.
+
+    The reference masks the other logits with -50000 and normalises over all D, which differs by rounding, and by
+    ties with the last one kept; here nothing of size D is computed after the selection.
+    """
+    best = logits.float().topk(min(KEPT_LOGITS, logits.shape[-1]), dim=-1)
+    return best.values.log_softmax(-1), best.indices
 
 
 @dataclass
@@ -68,14 +69,14 @@ def beam_search(
         term = drafter.embed_term(F.embedding(beams[:, :, -1], embedding).to(state.dtype))
         state = drafter.advance(state, term)
         logits = drafter.logits(context[:, None].expand(-1, beams.shape[1], -1), state)
-        best = warp(logits).topk(min(width, logits.shape[-1]), dim=-1)  # (B, beams, width)
-        total = (scores[:, :, None] + best.values).flatten(1)
-        scores, index = total.topk(width, dim=-1)
-        parent = index // best.values.shape[-1]
-        new = best.indices.flatten(1).gather(1, index)
+        values, indices = best_tokens(logits)
+        values, indices = values[..., :width], indices[..., :width]  # (B, beams, width)
+        scores, index = (scores[:, :, None] + values).flatten(1).topk(width, dim=-1)
+        parent = index // values.shape[-1]
+        new = indices.flatten(1).gather(1, index)
         if table is not None:
             new = table[new]
-        step = best.values.flatten(1).gather(1, index)
+        step = values.flatten(1).gather(1, index)
         beams = torch.cat([_choose(beams, parent), new[:, :, None]], dim=-1)
         steps = torch.cat([_choose(steps, parent), step[:, :, None]], dim=-1)
         state = _choose(state, parent)
