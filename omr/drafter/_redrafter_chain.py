@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from omr.drafter import DraftModel
 from omr.nn.draft_tree import Tree, beam_search, pack
@@ -44,10 +44,23 @@ def draft_model(
     if num_beams == 1 and tabulated:
         return TabulatedChain(head, embedding, num_draft_tok, in_eight_bit=in_eight_bit)
     if in_eight_bit:
-        head.to_eight_bit()
+        head.repack(eight_bit)
+    elif embedding.device.type == "cpu":
+        head.repack(RowsLinear)
     if num_beams == 1:
         return Chain(head, embedding, num_draft_tok)
     return BeamTree(head, embedding, num_draft_tok, num_beams)
+
+
+class RowsLinear(nn.Module):
+    """A dense layer that multiplies a few rows fast on CPU (omr.nn.packed)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.run = dense_product(lay_out(weight.detach()), bias, packed=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
 class Chain:

@@ -37,8 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omr.errors import ConfigError, InputError
-from omr.nn.draft_head import HEADS, BaseHead, DraftHead, FullHead, PackedHead, make_head
-from omr.nn.eight_bit import eight_bit
+from omr.nn.draft_head import HEADS, BaseHead, DraftHead, FullHead, Pack, PackedHead, make_head
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -199,13 +198,16 @@ class Redrafter(nn.Module):
             self.head.proj.weight.zero_()
             self.head.proj.weight[:, e - h :] = torch.eye(h)
 
-    def to_eight_bit(self) -> None:
-        """Run input_proj, blocks and output matrix in 8 bits from now on; such a head drafts but is not saved."""
+    def repack(self, pack: Pack) -> None:
+        """Replace input_proj, blocks and output matrix by the layers that `pack` makes of a weight and a bias.
+
+        For drafting: faster or smaller, perhaps rounded; such a head is not saved or trained.
+        """
         if self.input_proj is not None:
-            self.input_proj = eight_bit(self.input_proj.weight, self.input_proj.bias)
+            self.input_proj = pack(self.input_proj.weight, self.input_proj.bias)
         for block in self.lm_head[:-1]:
-            block.linear = eight_bit(block.linear.weight, block.linear.bias)
-        self.lm_head[-1] = PackedHead(self.head, eight_bit)
+            block.linear = pack(block.linear.weight, block.linear.bias)
+        self.lm_head[-1] = PackedHead(self.head, pack)
 
     def first_state(self, context: Tensor) -> Tensor:
         """s_0 for contexts (..., H)."""

@@ -1,0 +1,116 @@
+"""What a ReDrafter step costs on this CPU, in plain decoding steps, on random weights.
+
+    python bench/redrafter_step.py [--batch 1 4] [--repeats 7] [--threads 1]
+
+The models are those of the reference measurement of Apple's package (8 layers, H 512, V 8192, 33.7 M parameters;
+drafter with rnn, 2 layers, E 1024, 11.0 M; prompt 64, greedy, one thread), where a 1x4 step took 2.2 to 2.8
+autoregressive steps and a 4x4 step 3.2 to 4.6. Acceptance is near 0 with random weights; a step costs the same whatever
+is accepted. Every repeat runs all variants in turn; a figure is the median over repeats of the ratio of medians of CPU
+time per step. The byte floor counts each weight read once per product: base once, drafter once per drafted token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from omr.drafter import DraftModel
+from omr.drafter._redrafter_chain import draft_model
+from omr.engine.engine import Engine
+from omr.engine.request import Request
+from omr.nn.config import DecoderConfig
+from omr.nn.redrafter import Redrafter, RedrafterConfig
+from omr.nn.transformer import Transformer
+
+H, V, LAYERS, PROMPT, DRAFTS = 512, 8192, 8, 64, 3
+SHAPES: dict[str, dict[str, object]] = {
+    "full head": {},
+    "2048 words": {"draft_vocab_size": 2048},
+    "low rank 128": {"head": "low_rank", "head_rank": 128},
+    "base's lm_head": {"head": "base"},
+}
+
+
+def base() -> Transformer:
+    config = DecoderConfig(
+        model_type="llama", vocab_size=V, hidden_size=H, intermediate_size=1376, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-6, max_position_embeddings=512,
+        tie_word_embeddings=False, qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False,
+    )  # fmt: skip
+    return Transformer(config).requires_grad_(False).eval()
+
+
+def head(model: Transformer, shape: dict[str, object]) -> Redrafter:
+    known = {"vocab_size": V, "hidden_size": H, "exit_dim": 2 * H, "num_draft_layers": 2, "rnn": True}
+    made = Redrafter(RedrafterConfig(**{**known, **shape})).requires_grad_(False).eval()
+    if made.config.draft_vocab_size:
+        made.set_draft_tokens(torch.arange(made.config.draft_vocab_size))
+    made.attach(model.lm_head.weight)
+    return made
+
+
+def read_bytes(made: Redrafter, beams: int, *, eight: bool) -> int:
+    """Bytes of weights that one draft step reads; the recurrence stays in float32 (one chain tabulates W emb)."""
+    h = made.config.hidden_size
+    recurrence = 4 * h * h * (1 if beams == 1 else 2)
+    rest = sum(w.numel() for w in (*(linear.weight for linear in made.linears), *made.head.parts))
+    return recurrence + rest * (1 if eight else 4)
+
+
+def step_ms(model: Transformer, draft: DraftModel | None, batch: int, steps: int) -> float:
+    """Median CPU milliseconds of a decode step of `batch` sequences."""
+    engine = Engine(model, max_batch_size=batch, kv_cache_tokens=batch * 512, draft=draft, prefix_caching=False)
+    for i in range(batch):
+        engine.add(Request(id=str(i), prompt_ids=list(range(i, i + PROMPT)), max_tokens=400, ignore_eos=True))
+    while not all(seq.decoding for seq in engine.scheduler.running) or engine.num_waiting or not engine.num_running:
+        engine.step()
+    times = []
+    for _ in range(steps):
+        start = time.process_time()
+        engine.step()
+        times.append(time.process_time() - start)
+    return statistics.median(times[1:]) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = base()
+    base_bytes = 4 * (sum(p.numel() for p in model.parameters()) - V * H)  # the embedding is read by rows
+    variants: dict[tuple[str, str], DraftModel] = {}
+    floors: dict[tuple[str, str], float] = {}
+    for name, shape in SHAPES.items():
+        for eight in (False, True):
+            for beams in (1, 4):
+                made = head(model, shape)
+                key = (f"{name}, {'int8' if eight else 'float32'}", f"{beams}x{1 + DRAFTS}")
+                floors[key] = 1 + DRAFTS * read_bytes(made, beams, eight=eight) / base_bytes
+                variants[key] = draft_model(made, model.embed.weight, DRAFTS, num_beams=beams, in_eight_bit=eight)
+    print("| head | beams | batch | step, ms | ratio to plain | byte floor |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for batch in args.batch:
+        plain: list[float] = []
+        taken: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
+        for _ in range(args.repeats):
+            plain.append(step_ms(model, None, batch, args.steps))
+            for key, draft in variants.items():
+                taken[key].append(step_ms(model, draft, batch, args.steps))
+        print(f"| none | - | {batch} | {statistics.median(plain):.2f} | 1.00 | 1.00 |")
+        for key, times in taken.items():
+            ratio = statistics.median(a / b for a, b in zip(times, plain, strict=True))
+            print(
+                f"| {key[0]} | {key[1]} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} | {floors[key]:.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
