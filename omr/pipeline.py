@@ -137,8 +137,9 @@ def drafter(run: Run) -> Made | None:
     option = run.cfg.drafter
     if not option.trained:
         return None
-    base = weights(run)
-    rows = text(run, option.text_rows(), base)
+    original = weights(run)
+    rows = text(run, option.text_rows(), original)
+    base = checkpoint(run) if option.fits_checkpoint() else original
 
     def make(out: Path) -> Any:
         return run_verb(

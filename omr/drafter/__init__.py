@@ -81,6 +81,10 @@ class Drafter:
         """Rows of training text that `fit` wants; 0 when it is not trained."""
         return 0
 
+    def fits_checkpoint(self) -> bool:
+        """Whether `fit` is given the quantised checkpoint that is served, instead of the weights it was made from."""
+        return False
+
     def load(self, folder: Path | None, base: Transformer) -> DraftModel | None:
         """The proposer for `base`, on its device, or None for plain decoding. Raises InputError on a mismatch."""
         return None

@@ -40,7 +40,7 @@ class DraftMeter:
         self._sums[:, 4] += good.sum(1)
 
     def read(self) -> dict[str, float]:
-        """`redrafter{i}_loss`, `_top{k}`, `_prefix`, `accept_len_predicted_tok`; absent where nothing was counted."""
+        """`redrafter{i}_loss`, `_top{k}`, `_prefix`, `predicted_len_mean_tok`; absent where nothing was counted."""
         values: dict[str, float] = {}
         accepted = 0.0
         for i, row in enumerate(self._sums.tolist()):
@@ -52,5 +52,5 @@ class DraftMeter:
             if whole:
                 values[f"redrafter{i}_prefix"] = good / whole
                 accepted += good / whole
-        values["accept_len_predicted_tok"] = 1 + accepted
+        values["predicted_len_mean_tok"] = 1 + accepted
         return values

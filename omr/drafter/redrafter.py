@@ -57,6 +57,11 @@ class Trainer(Enum):
     apple = "apple"
 
 
+class Base(Enum):
+    weights = "weights"
+    checkpoint = "checkpoint"
+
+
 class Start(Enum):
     base = "base"
     random = "random"
@@ -68,6 +73,9 @@ class Train:
 
     rows: int = 2500
     """Documents read, held-out ones included. Enough for the embedded model; a large model wants 20,000 or more."""
+    base: Base = Base.weights
+    """Whose hidden states to learn from: the unquantised weights', so that one head serves every quantisation, or the
+    served checkpoint's own."""
     max_length: int = 2048
     """Longest document, in tokens; longer ones are cut."""
     epochs: int = 1
@@ -182,6 +190,9 @@ class Redrafter(Drafter):
 
     def text_rows(self) -> int:
         return self.train.rows
+
+    def fits_checkpoint(self) -> bool:
+        return self.train.base is Base.checkpoint
 
     def fit(self, base: Path, text: Path, out: Path, device: str) -> dict[str, float]:
         """See Drafter. Resumes from the training state that a killed run left beside `out`."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from omr.artifact import content
 from omr.drafter._training import schedule
-from omr.drafter.redrafter import Head, Redrafter, Schedule, Train
+from omr.drafter.redrafter import Base, Head, Redrafter, Schedule, Train
 from omr.errors import ConfigError, InputError, OmrError, TrainingError
 from omr.nn.loader import load
 from omr.nn.redrafter import load_redrafter
@@ -51,7 +51,7 @@ def test_training_learns_and_reports(trained: tuple[Path, dict[str, float]], bas
         assert tops == sorted(tops) and metrics[f"redrafter{i}_prefix"] <= tops[0]
     assert metrics["redrafter0_top1"] > 0.1 and metrics["redrafter0_loss"] < 4.2  # log(128) = 4.85
     prefixes = [metrics[f"redrafter{i}_prefix"] for i in range(3)]
-    assert metrics["accept_len_predicted_tok"] == pytest.approx(1 + sum(prefixes))
+    assert metrics["predicted_len_mean_tok"] == pytest.approx(1 + sum(prefixes))
     config = json.loads((out / "config.json").read_text())
     assert config["predict_n"] == 3 and config["exit_dim"] == 64 and config["rnn"] is True
     assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "curve.jsonl"}
@@ -250,6 +250,11 @@ def test_option_crosses_a_process_border_and_keys_on_its_recipe() -> None:
     assert from_fields(Redrafter, fields_of(option)) == option
     same = replace(option, draft_tok=1, train=replace(option.train, checkpoint_min=1.0))
     assert content(same) == content(option) != content(replace(option, predict_n=2))
+
+
+def test_trains_on_the_weights_unless_told_otherwise() -> None:
+    assert not Redrafter().fits_checkpoint()
+    assert Redrafter(train=Train(base=Base.checkpoint)).fits_checkpoint()
 
 
 def test_schedules() -> None:
