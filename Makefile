@@ -9,7 +9,7 @@ quickstart: .venv/.ready
 	$(BIN)/python -m omr +quickstart=sweep
 
 test: .venv/.ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not gpu and not backend"
 
 fast: .venv/.ready
 	$(BIN)/python -m pytest -m "not slow and not gpu and not backend"
