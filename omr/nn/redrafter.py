@@ -24,6 +24,7 @@ nothing is cut to the 50 best logits outside the beam search, which keeps that r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -197,6 +198,33 @@ class Redrafter(nn.Module):
         if isinstance(self.head, BaseHead) and e >= h:
             self.head.proj.weight.zero_()
             self.head.proj.weight[:, e - h :] = torch.eye(h)
+
+    @torch.no_grad()
+    def to_plain(self) -> Redrafter:
+        """The same drafter with a full head, for programs that know no other: its thin matrices multiplied out.
+
+        Raises InputError for a reduced draft vocabulary, which a full head without bias cannot express.
+        """
+        if self.config.draft_vocab_size:
+            raise InputError(
+                f"the drafter drafts {self.config.draft_vocab_size} of {self.config.vocab_size} tokens, which Apple's "
+                "layout cannot say; train with drafter.draft_vocab_size=0 to export it"
+            )
+        c = self.config
+        config = RedrafterConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            exit_dim=c.exit_dim,
+            num_draft_layers=c.num_draft_layers,
+            rnn=c.rnn,
+        )
+        matrix = functools.reduce(lambda left, right: right @ left, (part.float() for part in self.head.parts))
+        tensors = {k: v for k, v in self.state_dict().items() if not k.startswith(f"lm_head.{c.num_draft_layers}.")}
+        with torch.device("meta"):
+            plain = Redrafter(config)
+        weight = matrix.to(self.head.parts[0].dtype)
+        plain.load_state_dict({**tensors, f"lm_head.{c.num_draft_layers}.weight": weight}, assign=True)
+        return plain.requires_grad_(False).eval()
 
     def repack(self, pack: Pack) -> None:
         """Replace input_proj, blocks and output matrix by the layers that `pack` makes of a weight and a bias.
