@@ -284,4 +284,5 @@ def test_memory_does_not_grow_with_the_model(make_model: Make, tmp_path: Path) -
         assert len(list(out.glob("*.safetensors"))) >= layers // 8
         size.append(open_checkpoint(src).num_bytes)
         grown.append(int(done.stdout.splitlines()[-1]) * 1024)
-    assert grown[1] - grown[0] < (size[1] - size[0]) / 5, (grown, size)
+    # The peak counts mapped pages of the source too, which the kernel drops when it likes: hence no tighter bound.
+    assert grown[1] - grown[0] < (size[1] - size[0]) / 3, (grown, size)
