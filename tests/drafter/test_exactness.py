@@ -143,17 +143,23 @@ def test_every_step_accepts_what_the_reference_accepts(name: str, shape: str, mo
         assert shared > 5 and accepted[:shared] == reference[:shared]
 
 
-@pytest.mark.parametrize("name", ["rnn2", "proj", "ngram", "constant", "rnn2-4x4", "proj-10x5"])
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"temperature": 0.8},
-        {"temperature": 1.3, "top_k": 20},
-        {"temperature": 1.0, "top_p": 0.9, "min_p": 0.02},
-        {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
-        {"temperature": 0.0, "presence_penalty": 0.5, "logprobs": 2},
-    ],
-)
+LAWS_OF_REQUESTS: list[dict[str, object]] = [
+    {"temperature": 1.0, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.2, "logprobs": 1},
+    {"temperature": 0.8},
+    {"temperature": 1.3, "top_k": 20},
+    {"temperature": 0.0, "presence_penalty": 0.5, "logprobs": 2},
+]
+QUICK = [(name, law) for name in ("rnn2", "rnn2-4x4") for law in LAWS_OF_REQUESTS[:2]]
+REST = [
+    (name, law)
+    for name in ("rnn2", "proj", "ngram", "constant", "rnn2-4x4", "proj-10x5")
+    for law in LAWS_OF_REQUESTS
+    if (name, law) not in QUICK
+]
+
+
+@pytest.mark.parametrize(("name", "knobs"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
 def test_sampled_output_is_plain_decoding_s(name: str, knobs: dict[str, object], model: Transformer) -> None:
     plain, _ = generate(engine(model, "none"), prompts(seed=5, **knobs))
     for sizes in ({}, {"max_batch_size": 2, "kv_cache_tokens": 160, "block_size": 4}):  # the second one preempts
