@@ -75,7 +75,7 @@ class _Worker:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join([_ROOT, os.environ.get("PYTHONPATH", "")])},
                 start_new_session=True,
             )
-            if not self._line(START_TIMEOUT_S):
+            if self._closed or not self._line(START_TIMEOUT_S):  # closed meanwhile: `close` may not have seen the child
                 self.kill()
                 return Verdict(False, "error")
         assert self._child.stdin is not None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -139,12 +141,31 @@ def test_grading_leaves_the_event_loop_free(grader: Grader, monkeypatch: pytest.
 
 
 def test_closing_a_grader_ends_a_question_in_progress() -> None:
+    me = psutil.Process(os.getpid())
+    others = set(me.children())  # of graders that other tests hold
+    verdicts: list[Verdict] = []
     with Grader(timeout_s=60) as grader:
         asking = threading.Thread(target=lambda: verdicts.append(grader.grade_now("7^{7^{7^{7^{7}}}}", "5")))
-        verdicts: list[Verdict] = []
         asking.start()
-        while not (workers := psutil.Process(os.getpid()).children()):
+        while not (workers := set(me.children()) - others):
             time.sleep(0.01)
     asking.join(timeout=20)
     assert not asking.is_alive() and not verdicts[0].equal
-    assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers[-1:])
+    assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers)
+
+
+def test_a_grader_closed_before_its_worker_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    me = psutil.Process(os.getpid())
+    others = set(me.children())
+    grader = Grader(timeout_s=60)
+    start = subprocess.Popen
+
+    def closed_meanwhile(*args: Any, **kwargs: Any) -> Any:
+        for worker in grader._workers:
+            worker.close()  # as another thread would, before the child is known
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", closed_meanwhile)
+    begun = time.monotonic()
+    assert grader.grade_now("x+1", "1+x") == Verdict(False, "error")
+    assert set(me.children()) == others and time.monotonic() - begun < 30
