@@ -34,11 +34,30 @@ CASES = {
 SHARES = ("harness/share_of_wall", "harness/share_of_server_cpu")
 
 
+PROFILED = """
+import cProfile, contextlib, sys, time
+from omr.job import _cost
+
+target, cost, profile = sys.argv.pop(1), _cost.harness_cost, cProfile.Profile(time.thread_time)
+
+@contextlib.contextmanager
+def profiled(pid):
+    with cost(pid) as metrics, profile:
+        yield metrics
+    profile.dump_stats(target)
+
+_cost.harness_cost = profiled
+from omr.__main__ import main
+sys.exit(main())
+"""
+"""`python -m omr` with generation, and nothing else, under a profile of CPU time."""
+
+
 def evaluate(overrides: list[str], home: Path, number: int, profile: Path | None = None) -> dict[str, float]:
     """Metrics of one run."""
     study = f"harness{number}"
-    tool = ["-m", "cProfile", "-o", str(profile)] if profile else []
-    argv = [sys.executable, *tool, "-m", "omr", "device=cpu", "tracking_uri=null", f"study={study}", *overrides]
+    tool = ["-c", PROFILED, str(profile)] if profile else ["-m", "omr"]
+    argv = [sys.executable, *tool, "device=cpu", "tracking_uri=null", f"study={study}", *overrides]
     done = subprocess.run(argv, env={**os.environ, "OMR_HOME": str(home)}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -82,7 +101,7 @@ def main() -> None:
                 number += 1
                 runs[name].append(evaluate(overrides, home, number))
                 print(f"load {os.getloadavg()[0]:.1f}, {name}: done", file=sys.stderr)
-        for name, measured in runs.items():
+        for name, measured in runs.items() if args.repeats else ():
             print(json.dumps(row(name, measured)), flush=True)
         if args.profile:
             profile = home / "profile"
