@@ -17,7 +17,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -27,8 +27,10 @@ import httpx
 from omr.errors import ContextOverflow, RequestError, StreamDropped
 from omr.sampling import Sampling
 from omr.server import Endpoint
+from omr.transport import Transport
 
 _RETRY_STATUS = frozenset({429, 502, 503, 504})
+_COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 _OVERFLOW = re.compile(
     "maximum context length"
     "|longer than the model's context"
@@ -132,15 +134,17 @@ class Client:
         self.endpoint = endpoint
         self._attempts = attempts
         self._pause_s = pause_s
-        url = httpx.URL(endpoint.base_url)
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers={"authorization": f"Bearer {endpoint.api_key}", "accept-encoding": "identity"},
-            timeout=httpx.Timeout(timeout_s, connect=10.0, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=30.0),
-            trust_env=url.host not in ("127.0.0.1", "::1", "localhost"),  # a proxy must not see the loopback
-            transport=transport,
+        base = httpx.URL(endpoint.base_url.rstrip("/"))
+        self._transport = transport or Transport(base, timeout_s=timeout_s)
+        self._urls = {path: httpx.URL(f"{base}{path}") for path in (_COMPLETIONS, _CHAT)}
+        self._headers = httpx.Headers(
+            {
+                "authorization": f"Bearer {endpoint.api_key}",
+                "accept-encoding": "identity",
+                "content-type": "application/json",
+            }
         )
+        self._http = httpx.AsyncClient(base_url=base, headers=self._headers, timeout=30.0, transport=self._transport)
 
     async def __aenter__(self) -> Self:
         return self
@@ -166,7 +170,7 @@ class Client:
         """
         body = self._body(sampling, stop, max_tokens, seed)
         body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
-        return self._open("/v1/completions", body, chat=False)
+        return self._open(_COMPLETIONS, body, chat=False)
 
     def stream_chat(
         self,
@@ -180,7 +184,7 @@ class Client:
         """The same through the server's own chat template."""
         body = self._body(sampling, stop, max_tokens, seed)
         body["messages"] = list(messages)
-        return self._open("/v1/chat/completions", body, chat=True)
+        return self._open(_CHAT, body, chat=True)
 
     async def metrics(self) -> str:
         """The body of the server's metrics page. Raises RequestError."""
@@ -193,7 +197,7 @@ class Client:
 
     async def _get(self, path: str) -> str:
         try:
-            reply = await self._http.get(path, timeout=30.0)
+            reply = await self._http.get(path)
         except httpx.TransportError as error:
             raise RequestError(f"GET {path} at {self.endpoint.base_url}: {_reason(error)}") from None
         if reply.status_code != 200:
@@ -223,19 +227,31 @@ class Client:
             body["repetition_penalty"] = sampling.repetition_penalty
         return body
 
+    @contextlib.asynccontextmanager
+    async def _post(self, path: str, body: bytes) -> AsyncIterator[httpx.Response]:
+        """The reply's head, its body yet to be read; straight to the transport: httpx's client does nothing for it."""
+        request = httpx.Request("POST", self._urls[path], headers=self._headers, content=body)
+        reply = await self._transport.handle_async_request(request)
+        try:
+            yield reply
+        finally:
+            await reply.aclose()
+
     def _open(self, path: str, body: dict[str, Any], *, chat: bool) -> Stream:
         stream: Stream
 
         async def chunks() -> AsyncGenerator[Chunk, None]:
-            data = self.endpoint.server.request_body(body, chat=chat)
+            data = json.dumps(self.endpoint.server.request_body(body, chat=chat)).encode()
             stream.sent = time.perf_counter()
             for attempt in range(1, self._attempts + 1):
                 started = False
                 try:
-                    async with self._http.stream("POST", path, json=data) as reply:
+                    async with self._post(path, data) as reply:
                         if reply.status_code != 200:
                             raise _refusal(reply.status_code, await reply.aread())
-                        async with contextlib.aclosing(_chunks(reply, stream)) as inner:
+                        parts = reply.aiter_bytes() if "content-encoding" in reply.headers else reply.stream
+                        assert isinstance(parts, AsyncIterable), parts
+                        async with contextlib.aclosing(_chunks(parts, stream)) as inner:
                             async for chunk in inner:
                                 started = True
                                 yield chunk
@@ -256,31 +272,33 @@ class Client:
         return stream
 
 
-async def _chunks(reply: httpx.Response, stream: Stream) -> AsyncGenerator[Chunk, None]:
+async def _chunks(body: AsyncIterable[bytes], stream: Stream) -> AsyncGenerator[Chunk, None]:
     """Chunks of a server-sent event stream. Raises StreamDropped when it ends without a finish reason."""
     counted = 0  # tokens in the chunks given out
     texts = 0  # of them, chunks with text
     total: int | None = None
     finished = False
-    async for data in _events(reply):
-        event = _event(data)
+    events = _Events()
+    async for part in body:  # to its end, even after [DONE], or the connection could not be used again
         now = time.perf_counter()
-        if usage := event.get("usage"):
-            total = int(usage.get("completion_tokens") or 0)
-            stream.num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
-        for choice in event.get("choices") or ():
-            text = choice.get("text")
-            if text is None:
-                text = (choice.get("delta") or {}).get("content") or ""
-            ids = choice.get("token_ids")
-            new = total - counted if total is not None else len(ids) if ids else 0
-            counted += new
-            texts += bool(text)
-            reason = choice.get("finish_reason")
-            finished = finished or reason is not None
-            if text or new or reason is not None:
-                stop = choice.get("stop_reason")
-                yield Chunk(text, new, reason, choice.get("matched_stop") if stop is None else stop, now)
+        for event in events.feed(part):
+            if usage := event.get("usage"):
+                total = int(usage.get("completion_tokens") or 0)
+                stream.num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
+            for choice in event.get("choices") or ():
+                text = choice.get("text")
+                if text is None:
+                    text = (choice.get("delta") or {}).get("content") or ""
+                ids = choice.get("token_ids")
+                new = total - counted if total is not None else len(ids) if ids else 0
+                counted += new
+                texts += bool(text)
+                reason = choice.get("finish_reason")
+                finished = finished or reason is not None
+                if text or new or reason is not None:
+                    stop = choice.get("stop_reason")
+                    stop = choice.get("matched_stop") if stop is None else stop
+                    yield Chunk(_sound(text), new, reason, stop, now)
     if not finished:
         raise StreamDropped("the server ended the stream without a finish reason")
     rest = (texts if counted == 0 else counted) - counted if total is None else total - counted
@@ -288,20 +306,27 @@ async def _chunks(reply: httpx.Response, stream: Stream) -> AsyncGenerator[Chunk
         yield Chunk("", rest, None, None, time.perf_counter())
 
 
-async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
-    """The data of each event up to [DONE]. Lines that are no data (comments, keep-alives, event names) are skipped."""
-    held, done = b"", False
-    async for part in reply.aiter_bytes():
-        if done:
-            continue  # read to the end of the reply, or its connection could not be used again
-        *lines, held = (held + part).split(b"\n")
+class _Events:
+    """A stream's bytes in, its events out, up to [DONE]."""
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._done = False
+
+    def feed(self, part: bytes) -> Iterator[dict[str, Any]]:
+        """The events that `part` completes. Lines that are no data (comments, keep-alives, event names) are skipped."""
+        *lines, self._held = (self._held + part).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
+            if line.startswith(b"data:") and not self._done:
                 data = line[5:].strip()
-                if data == b"[DONE]":
-                    done = True
-                    break
-                yield data
+                self._done = data == b"[DONE]"
+                if not self._done:
+                    yield _event(data)
+
+
+def _sound(text: str) -> str:
+    """`text` without lone surrogates: JSON can spell them, but no prompt, file or tokenizer takes them."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _event(data: bytes) -> dict[str, Any]:

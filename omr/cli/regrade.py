@@ -70,6 +70,8 @@ def _records(folder: Path, rows: Sequence[Row]) -> list[Record]:
                 not_started=int(line["not_started"]),
                 spent_tok=int(line["spent_tok"]),
                 saved_tok=float(line["saved_tok"]),
+                start_time=float(line.get("start_time") or 0),
+                end_time=float(line.get("end_time") or 0),
             )
     for row in rows:
         key = str(row["id"])

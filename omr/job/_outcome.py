@@ -35,7 +35,7 @@ def conclude(
                 verdict = grader.grade_now(row["predicted_answer"], record.expected_answer)
                 row["symbolic_correct"], row["graded_by"] = verdict.equal, verdict.how
         record.cast_vote(by)
-    metrics = score(records, counts)
+    metrics = score(records, counts, num_gpus=int(about.get("GPUs") or 0))
     write_rows(folder / SAMPLES, [row for record in records for row in record.rows])
     write_problems(records, folder / PROBLEMS)
     write_metrics(metrics, about, records, folder / METRICS)

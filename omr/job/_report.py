@@ -32,6 +32,8 @@ COLUMNS = (
     "saved_tok",
     "tokens",
     "seconds",
+    "start_time",
+    "end_time",
 )
 
 
@@ -59,6 +61,8 @@ def write_problems(records: Sequence[Record], file: Path) -> None:
                     round(r.saved_tok, 1),
                     sum(row["num_generated_tokens"] for row in r.rows),
                     round(sum(row["generation_time"] for row in r.rows), 3),
+                    r.start_time,
+                    r.end_time,
                 ]
             )
 

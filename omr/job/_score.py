@@ -10,7 +10,7 @@ in tracker.py. What is refused rather than guessed:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -39,6 +39,9 @@ class Record:
     not_started: int = 0
     spent_tok: int = 0
     saved_tok: float = 0.0
+    start_time: float = 0.0
+    """Epoch seconds, as `end_time`: when this process worked on the problem; 0 when it never did."""
+    end_time: float = 0.0
 
     @property
     def right(self) -> int:
@@ -80,18 +83,20 @@ def _key(ballot: Ballot) -> str | None:
     return None if ballot.answer is None else vote_key(ballot.answer)
 
 
-def score(records: Sequence[Record], counts: SpecCounts | None = None) -> dict[str, float]:
-    """All metrics of an evaluation whose rows are graded and whose votes are cast."""
+def score(records: Sequence[Record], counts: SpecCounts | None = None, *, num_gpus: int = 0) -> dict[str, float]:
+    """All metrics of an evaluation whose rows are graded and whose votes are cast. `num_gpus` served; 0 is unknown."""
     rows = [row for record in records for row in record.rows]
+    wall = busy_seconds(records)
     metrics: dict[str, float] = {}
     graded = [record for record in records if record.expected_answer is not None]
     if graded:
         metrics |= accuracy(graded)
-        wall = busy_seconds(rows)
         if wall > 0:
             metrics["throughput/solved_per_hour"] = 3600 * sum(bool(r.vote_right) for r in graded) / wall
+            if num_gpus:
+                metrics["throughput/solved_per_gpu_hour"] = metrics["throughput/solved_per_hour"] / num_gpus
     if rows:
-        metrics |= conduct(rows) | speed(rows, sum(r.spent_tok for r in records))
+        metrics |= conduct(rows) | speed(rows, sum(r.spent_tok for r in records), wall)
     metrics["early_stop/cancelled"] = sum(r.cancelled for r in records)
     metrics["early_stop/not_started"] = sum(r.not_started for r in records)
     metrics["early_stop/saved_tok"] = sum(r.saved_tok for r in records)
@@ -154,8 +159,8 @@ def conduct(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def speed(rows: Sequence[Row], cancelled_tok: int) -> dict[str, float]:
-    """Latency percentiles over generations, and throughput of model-written tokens."""
+def speed(rows: Sequence[Row], cancelled_tok: int, wall: float) -> dict[str, float]:
+    """Latency percentiles over generations, and throughput of model-written tokens over `wall` seconds."""
     metrics: dict[str, float] = {}
     tpot = [second for row in rows for second in row["tpot_s"]]
     for name, values, scale in (
@@ -166,7 +171,6 @@ def speed(rows: Sequence[Row], cancelled_tok: int) -> dict[str, float]:
         for q in (50, 95) if values else ():
             metrics[name.format(q)] = scale * stats.percentile(values, q)
     tokens = sum(row["num_generated_tokens"] for row in rows) + cancelled_tok
-    wall = busy_seconds(rows)
     metrics["throughput/output_tok"] = tokens
     if wall > 0:
         metrics["throughput/output_tok_s"] = tokens / wall
@@ -174,10 +178,15 @@ def speed(rows: Sequence[Row], cancelled_tok: int) -> dict[str, float]:
     return metrics
 
 
-def busy_seconds(rows: Iterable[Row]) -> float:
-    """Seconds during which at least one of the generations ran: wall time without the gap before a resume."""
+def busy_seconds(records: Sequence[Record]) -> float:
+    """Seconds during which at least one problem was worked on: wall time without the gap before a resume.
+
+    A problem's own span counts beside those of its rows: generations that were cut off leave no row, only time spent.
+    """
+    spans = [(record.start_time, record.end_time) for record in records]
+    spans += [(row["generation_start_time"], row["generation_end_time"]) for r in records for row in r.rows]
     busy, until = 0.0, float("-inf")
-    for start, end in sorted((row["generation_start_time"], row["generation_end_time"]) for row in rows):
+    for start, end in sorted(spans):
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
     return busy

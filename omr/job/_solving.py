@@ -244,6 +244,7 @@ class Solving:
         else:
             record.stopped, record.cancelled, record.not_started = solved.stopped, solved.cancelled, solved.not_started
             record.spent_tok, record.saved_tok = solved.spent_tok, solved.saved_tok
+            record.start_time, record.end_time = solved.start_time, solved.end_time
         return record
 
 

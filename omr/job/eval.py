@@ -154,6 +154,7 @@ class Eval(Job):
         `watch` hears what generation 0 writes, as it comes, and takes the place of the progress bar.
         """
         from omr import pipeline
+        from omr.job._cost import harness_cost
         from omr.job._solving import Solving
 
         solving = Solving(self, run.cfg, problems, samples, grader, self.policy(self.planned(run)), watch)
@@ -167,8 +168,9 @@ class Eval(Job):
             sandbox = solving.with_tools(caged.result())
             run.tracker.tags({"sandbox.tier": sandbox.tier if sandbox else "none"})
             solving.lay_out(reading.result())
-            with run.stage("generate"):
+            with run.stage("generate"), harness_cost(live.pid) as cost:
                 counts = solving.to_the_end(live, sandbox)
+            run.log(cost)
         return solving.records(), counts
 
     def planned(self, run: Run) -> int:
@@ -228,9 +230,11 @@ def about(run: Run, planned: int) -> dict[str, Any]:
         f"{job.time_budget_s:g} s + {job.time_buffer_s:g} s a problem" if job.time_budget_s else "",
         f"{job.deadline_s:g} s in all" if job.deadline_s else "",
     ]
+    gpus = cfg.model.tp if cfg.server.needs_weights and cfg.device_name() == "cuda" else 0
     return {
         "title": f"{cfg.benchmark.name}: {cfg.model.name} {cfg.quant.option_name} {cfg.drafter.option_name}",
         "server": f"{cfg.server.option_name} on {cfg.device_name()}",
+        **({"GPUs": gpus} if gpus else {}),
         "sampling": f"temperature {cfg.sampling.temperature}, top_p {cfg.sampling.top_p}, top_k {cfg.sampling.top_k}, "
         f"max_tokens {cfg.sampling.max_tokens}, seed {cfg.sampling.seed}",
         "generations per problem": planned,

@@ -35,6 +35,8 @@ _MAX_OPENING = 32
 _MAX_RESTARTS = 20
 _MIN_OPEN_FILES = 8192
 _SPARES = 2
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.EBADF)
+"""What a request to a dead zygote meets; the last while another request has it replaced."""
 
 
 @dataclass(kw_only=True)
@@ -161,7 +163,9 @@ class LocalClient:
                 zygote = self._zygote
                 try:
                     return await self._open(zygote, kind)
-                except (EOFError, BrokenPipeError, ConnectionResetError, _frames.BadFrame):
+                except (EOFError, OSError, _frames.BadFrame) as error:
+                    if isinstance(error, OSError) and error.errno not in _GONE:
+                        raise
                     await asyncio.to_thread(self._restart, zygote)
             raise self._zygote.failure("opens no session")
         finally:

@@ -1,8 +1,8 @@
 """One generation request from the engine to the wire: whole or streamed, ended early, or broken.
 
 A stream sends the first text of a sequence and its end at once. What comes between waits for the interval that the
-request allows, so that several short steps share one event: writing an event takes as long as decoding a token of a
-small model does.
+request allows, times the streams that are open, so that several short steps share one event: writing an event takes as
+long as decoding a token of a small model does, and reading it as long again.
 
 Three things end a request early: a stop string (its sequence is aborted in the engine), the client hanging up (all its
 sequences are), and the service stopping (they end with finish_reason `abort`). Whatever happens, `finally` frees what
@@ -25,6 +25,7 @@ from omr.server._answer import Answer, Choice, Delta
 from omr.server._engine_thread import EngineDead, EngineThread, Mailbox, Refused
 from omr.server._metrics import Clock
 
+_LONGEST_PAUSE_S = 1.0
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
@@ -156,20 +157,22 @@ class Reply(Response):
                     if delta is not None:
                         events += self._events(sequence, delta)
                 unsent.clear()
+                if self._done and self._answer.body.include_usage:
+                    events.append(self._answer.last(self._usage()))
                 if events:
-                    await _send_events(send, events)
-                    due_s = now_s + self._answer.body.interval_s
+                    await _send_events(send, events, last=self._done)
+                    due_s = now_s + self._pause_s()
         except (EngineDead, Refused) as error:
             if not is_open:
                 await _send(send, engine_error(error))
                 return
             await _send_events(send, [error_body(500, "InternalServerError", dead(error))])
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-            return
-        if self._done:
-            if self._answer.body.include_usage:
-                await _send_events(send, [self._answer.last(self._usage())])
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    def _pause_s(self) -> float:
+        """Until the next event: what the request allows, for all open streams in turn, but no more than a second."""
+        interval_s = self._answer.body.interval_s
+        return max(interval_s, min(interval_s * self._thread.num_open, _LONGEST_PAUSE_S))
 
     def _events(self, sequence: Generating, delta: Delta) -> list[dict[str, Any]]:
         answer, choice = self._answer, sequence.choice
@@ -192,9 +195,10 @@ async def _send(send: Send, response: Response) -> None:
     await send({"type": "http.response.body", "body": response.body})
 
 
-async def _send_events(send: Send, events: Sequence[dict[str, Any]]) -> None:
+async def _send_events(send: Send, events: Sequence[dict[str, Any]], *, last: bool = False) -> None:
     text = "".join(f"data: {json.dumps(e, ensure_ascii=False, separators=(',', ':'))}\n\n" for e in events)
-    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+    text += "data: [DONE]\n\n" * last
+    await send({"type": "http.response.body", "body": text.encode(), "more_body": not last})
 
 
 def dead(error: Exception) -> str:

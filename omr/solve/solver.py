@@ -51,7 +51,9 @@ class Solved:
     """Written by the cancelled ones."""
     saved_tok: float = 0.0
     """Estimate of what the cancelled and the unstarted ones would still have written."""
-    seconds: float = 0.0
+    start_time: float = 0.0
+    """Epoch seconds, as `end_time`."""
+    end_time: float = 0.0
 
 
 MAX_LOST = 32
@@ -99,7 +101,7 @@ class Solver:
         stopped = self._policy.reason(ballots)
         missing = sorted(set(range(self._policy.planned)) - {b.sample for b in ballots})
         live: dict[int, Transcript] = {}
-        begun = time.monotonic()
+        begun, start_time = time.monotonic(), time.time()
         if stopped is None and missing:
             limit_s, lent_s = self._bank.take(begun)
             try:
@@ -111,7 +113,7 @@ class Solver:
                 stopped = f"time after {len(ballots)} of {self._policy.planned}"
             finally:
                 self._bank.give_back(time.monotonic() - begun, lent_s)
-        return self._account(task, ballots, live, stopped, time.monotonic() - begun)
+        return self._account(task, ballots, live, stopped, start_time)
 
     async def _race(
         self, task: Task, missing: Sequence[int], ballots: list[Ballot], live: dict[int, Transcript]
@@ -168,7 +170,7 @@ class Solver:
             )
 
     def _account(
-        self, task: Task, ballots: list[Ballot], live: dict[int, Transcript], stopped: str | None, seconds: float
+        self, task: Task, ballots: list[Ballot], live: dict[int, Transcript], stopped: str | None, start_time: float
     ) -> Solved:
         kept = {b.sample for b in ballots}
         cut = [t for sample, t in live.items() if sample not in kept]
@@ -183,7 +185,8 @@ class Solver:
             not_started=not_started,
             spent_tok=sum(t.num_tokens for t in cut),
             saved_tok=not_started * usual + sum(max(0.0, usual - t.num_tokens) for t in cut),
-            seconds=seconds,
+            start_time=start_time,
+            end_time=time.time(),
         )
 
 

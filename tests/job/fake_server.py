@@ -17,10 +17,14 @@ omr:spec_decode_num_accepted_tokens_total {accepted}
 """
 
 
+class Cut(str):
+    """A text after which the stream breaks off instead of ending."""
+
+
 @dataclass
 class FakeServer:
     answer: Callable[[dict[str, Any]], str | int]
-    """Request body -> text to stream, or an HTTP status to fail with."""
+    """Request body -> text to stream (a `Cut` breaks off behind it), or an HTTP status to fail with."""
     delay_s: float = 0.0
     """Before each piece of four characters."""
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -40,7 +44,7 @@ class FakeServer:
         for count, piece in enumerate(pieces, 1):
             if self.delay_s:
                 time.sleep(self.delay_s)
-            last = count == len(pieces)
+            last = count == len(pieces) and not isinstance(text, Cut)
             event = {
                 "choices": [
                     {"index": 0, "text": piece, "finish_reason": "stop" if last else None, "stop_reason": None}
@@ -48,6 +52,9 @@ class FakeServer:
                 "usage": {"prompt_tokens": 7, "completion_tokens": count},
             }
             handler.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        if isinstance(text, Cut):
+            handler.close_connection = True
+            return
         handler.wfile.write(b"data: [DONE]\n\n")
         self.finished.append(body)
 

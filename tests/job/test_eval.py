@@ -67,7 +67,9 @@ def test_an_evaluation_from_end_to_end(evaluate: Evaluate, tmp_path: Path) -> No
     assert [(r["id"], r["voted_answer"], r["right"]) for r in table[:2]] == [("s0", "0", "4"), ("s1", "8", "4")]
     saved = json.loads((run.folder / "metrics.json").read_text())
     assert saved["vote"] == {"label": "maj@5", "ties": "first_sample"}
-    assert saved["metrics"] == {name: value for name, value in got.items() if not name.startswith("stage/")}
+    assert saved["metrics"] == {
+        name: value for name, value in got.items() if not name.startswith(("stage/", "harness/"))
+    }
     report = (run.folder / "report.md").read_text()
     assert "| pass@1 | 80.0 |" in report and "A set of 6 problems" in report
     assert isinstance(run.tracker, RecordingTracker)

@@ -85,6 +85,10 @@ def test_a_dead_zygote_is_replaced(tmp_path: Path) -> None:
             pids = running(watcher.pid)
             os.kill(list(pids)[1], signal.SIGKILL)  # the keeper, and the zygote with it
             assert gone(pids)
+            many = [client.session() for _ in range(8)]  # one request has the zygote replaced, the others meet it gone
+            together = await asyncio.gather(*(one.execute("1") for one in many))
+            await asyncio.gather(*(one.close() for one in many))
+            assert [outcome.status for outcome in together] == ["completed"] * 8
             outcomes.append(await session.execute("x"))
             outcomes.append(await session.execute("x = 2; x"))
             outcomes.append(await other.execute("1"))

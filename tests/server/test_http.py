@@ -104,7 +104,7 @@ def test_an_interval_joins_events_but_delays_neither_the_first_nor_the_last(toke
         usage = {"include_usage": True, "continuous_usage_stats": True}
         each = await events(http, stream_options=usage)
         few = await events(http, stream_options={**usage, "interval_s": 10})
-        assert joined(few) == joined(each) and len(each) > 50
+        assert joined(few) == joined(each) and len(each) > 10
         # the first token alone, all others with the end, and the usage
         assert [len(e["choices"]) for e in few] == [1, 1, 0]
         counts = [e["usage"]["completion_tokens"] for e in few]
@@ -619,6 +619,26 @@ def test_text_that_waits_is_sent_when_the_interval_is_over_though_no_step_comes(
         async with http.stream("POST", "/v1/completions", json=body) as reply:
             times = [time.perf_counter() - start async for line in reply.aiter_lines() if line]
         assert any(0.05 < t < 0.5 for t in times), times
+
+    serve(engine, tokenizer, test)
+
+
+def test_open_streams_share_the_interval(tokenizer: Any) -> None:
+    ids = script_of(tokenizer, "word " * 120)
+    engine = ScriptedEngine(lambda request: ids, STEPS["one"], pause_s=0.005)
+
+    async def test(http: httpx.AsyncClient, server: Live) -> None:
+        async def times() -> list[float]:
+            body = {"prompt": "a", "max_tokens": 400, "stream": True, "stream_options": {"interval_s": 0.02}}
+            async with http.stream("POST", "/v1/completions", json=body) as reply:
+                return [time.perf_counter() async for line in reply.aiter_lines() if line.startswith("data: {")]
+
+        alone = await times()
+        together = await asyncio.gather(*(times() for _ in range(8)))
+        lasted = max(t[-1] for t in together) - min(t[0] for t in together)
+        assert len(alone) > 5
+        for one in together:  # the first, one each 8 x 0.02 s, and the end
+            assert 3 <= len(one) <= 3 + lasted / 0.12
 
     serve(engine, tokenizer, test)
 
