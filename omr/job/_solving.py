@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
 from tqdm import tqdm
 
 from omr.benchmark import Problem
@@ -21,7 +20,7 @@ from omr.errors import ChildError, Failure, RequestError, Terminated
 from omr.job._samples import SampleFile
 from omr.job._score import Record, ballot_of
 from omr.job.eval import Eval
-from omr.process import log_tail
+from omr.process import is_alive, log_tail
 from omr.run import Run
 from omr.sandbox import SandboxClient
 from omr.server import Endpoint, SpecCounts
@@ -115,7 +114,7 @@ class Solving:
         try:
             return asyncio.run(self._stoppable(live, sandbox))
         except Failure as error:
-            if live.pid is not None and not _is_alive(live.pid):
+            if live.pid is not None and not is_alive(live.pid):
                 tail = log_tail(live.log) if live.log else ""
                 raise ChildError(f"the server died while solving; log: {live.log}", tail) from error
             raise
@@ -252,10 +251,3 @@ async def _counts(client: Client) -> SpecCounts | None:
         return client.endpoint.server.spec_counts(await client.metrics())
     except RequestError:
         return None  # a server without a metrics page has no acceptance to report
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
