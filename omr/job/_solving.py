@@ -109,15 +109,22 @@ class Solving:
     def to_the_end(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
         """Solve all open problems. Returns the server's speculation counters over that time.
 
-        Raises ChildError when the server died, Failure when it fails every request.
+        Raises ChildError when the server died, Failure when it fails every request. What it failed is asked for again
+        when the same command is run again.
         """
+        before = len(self._samples.rows)
         try:
-            return asyncio.run(self._stoppable(live, sandbox))
+            counts = asyncio.run(self._stoppable(live, sandbox))
         except Failure as error:
-            if live.pid is not None and not is_alive(live.pid):
-                tail = log_tail(live.log) if live.log else ""
-                raise ChildError(f"the server died while solving; log: {live.log}", tail) from error
+            _check_alive(live, error)
             raise
+        made = self._samples.rows[before:]
+        failed = [row["error"] for row in made if "error" in row]
+        if failed:
+            _check_alive(live)
+        if failed and len(failed) == len(made):
+            raise Failure(f"the server failed all {len(made)} generations; the last with: {failed[-1]}")
+        return counts
 
     async def _stoppable(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
         """SIGTERM as a cancellation: raised inside a callback, an exception would be logged by the loop and lost."""
@@ -251,3 +258,10 @@ async def _counts(client: Client) -> SpecCounts | None:
         return client.endpoint.server.spec_counts(await client.metrics())
     except RequestError:
         return None  # a server without a metrics page has no acceptance to report
+
+
+def _check_alive(live: Endpoint, cause: Failure | None = None) -> None:
+    """Raise ChildError when a server of ours is gone: what was asked of it since then says nothing about the model."""
+    if live.pid is not None and not is_alive(live.pid):
+        tail = log_tail(live.log) if live.log else ""
+        raise ChildError(f"the server died while solving; log: {live.log}", tail) from cause
