@@ -11,9 +11,10 @@ import signal
 import sys
 from types import FrameType
 
+from omr import __version__
 from omr.errors import OmrError, Terminated
 
-HYDRA_ONLY = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--package", "-p")
+HYDRA_ONLY = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p")
 """Flags that ask Hydra to print something: nothing is run."""
 
 
@@ -32,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
             from omr.compose import usage
 
             print(usage())
+            return 0
+        if "--version" in args:
+            print(f"omr {__version__}")
             return 0
         if any(a.split("=")[0] in HYDRA_ONLY for a in args):
             from omr.sweep import hand_to_hydra

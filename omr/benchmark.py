@@ -10,21 +10,15 @@ A benchmark without answers is a contest's test set: problems are solved and vot
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import re
-import zlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omr.errors import ConfigError, InputError
+from omr.records import SUFFIXES, read_records
 
 ASSETS = Path(__file__).parent / "assets" / "benchmarks"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 OTHER_NAMES = {
     "problem": ("problem", "question"),
     "expected_answer": ("expected_answer", "answer"),
@@ -83,7 +77,7 @@ class Benchmark:
         files = [local] if local else self._hub_files()
         problems: list[Problem] = []
         seen: dict[str, str] = {}
-        for where, row in ((f"{file} {where}", row) for file in files for where, row in _rows(file)):
+        for where, row in ((f"{file} {where}", row) for file in files for where, row in read_records(file)):
             if self.limit is not None and len(problems) == self.limit:
                 break
             problem = self._problem(row, where, len(problems))
@@ -154,63 +148,3 @@ def _written(value: Any, where: str, key: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{where}: {key} must be text or a number, got {type(value).__name__}")
     return str(int(value)) if float(value).is_integer() else repr(value)
-
-
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of each row; `where` is its line, or row for a table. Raises InputError."""
-    if file.name.endswith(".parquet"):
-        yield from _parquet(file)
-    elif file.name.endswith(".csv"):
-        yield from _csv(file)
-    else:
-        yield from _jsonl(file)
-
-
-def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise InputError(f"{file} line {number}: expected a JSON object, got {type(row).__name__}")
-                yield f"line {number}", row
-    except ValueError as error:  # malformed JSON or UTF-8
-        raise InputError(f"{file} line {number}: not JSON ({error}); one object a line is expected") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{file} cannot be read after line {number}: {error}") from None
-
-
-def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                columns: Sequence[str] = reader.fieldnames or ()
-                raise InputError(
-                    f"{file} line {reader.line_num}: expected {len(columns)} columns ({', '.join(columns)})"
-                )
-            yield f"line {reader.line_num}", dict(row)
-    except csv.Error as error:
-        raise InputError(f"{file} line {reader.line_num}: {error}") from None
-
-
-def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file} cannot be read as parquet: {str(error).splitlines()[0]}") from None

@@ -20,6 +20,7 @@ from omr.benchmark import Benchmark
 from omr.drafter import Drafter
 from omr.errors import ConfigError
 from omr.job import Job
+from omr.machine import has_gpu
 from omr.model import Model
 from omr.option import GROUPS, discover
 from omr.quant import Quantiser
@@ -63,8 +64,7 @@ class Config:
             raise ConfigError(f"study must be a plain folder name, got {self.study!r}")
         _known("model.prompt", self.model.prompt, PROMPTS)
         _known("model.code_tags", self.model.code_tags, CODE_TAGS)
-        self._check_server_runs("quant", self.quant.option_name, self.server.runs_quant)
-        self._check_server_runs("drafter", self.drafter.option_name, self.server.runs_drafter)
+        self.server.require_choices(self.quant.option_name, self.drafter.option_name)
         text = self.model.text
         if self.server.needs_weights and not (text.corpus or text.path or text.hub):
             for wants, why in ((self.quant.calib_samples, "calibrates"), (self.drafter.text_rows(), "is trained")):
@@ -79,17 +79,6 @@ class Config:
                 f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
                 f"model.context_tokens={self.model.context_tokens}; lower the first or raise the second"
             )
-
-    def _check_server_runs(self, group: str, choice: str, runs: frozenset[str]) -> None:
-        if choice in runs:
-            return
-        able = sorted(
-            name for (g, name), cls in discover().items() if g == "server" and choice in getattr(cls, f"runs_{group}")
-        )
-        raise ConfigError(
-            f"server={self.server.option_name} cannot run {group}={choice}; it runs {group}={','.join(sorted(runs))}"
-            + (f"; {choice} runs on server={','.join(able)}" if able else "")
-        )
 
     def device_name(self) -> str:
         """`cuda` or `cpu`. Raises ConfigError for device=cuda without a GPU. Initialises nothing."""
@@ -111,11 +100,6 @@ def home() -> Path:
 def default_tracking() -> str:
     """The MLflow URI of the local database."""
     return f"sqlite:///{home() / 'mlflow.db'}"
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA GPU is visible, without loading CUDA."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidia0").exists()
 
 
 def register_schemas() -> None:

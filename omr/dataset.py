@@ -11,11 +11,8 @@ Rows without a problem or a solution are passed over and counted; too few good o
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 from omr import hub
 from omr.errors import InputError
 from omr.model import TextSource
+from omr.records import read_records
 from omr.solve.prompt import CodeTags, prompt_named, render, tags_named
 from omr.text import Span, TextRow, encode_text, iter_text, load_tokenizer, read_text
 
@@ -188,16 +186,20 @@ def read_rows(source: TextSource, limit: int) -> Iterator[tuple[str, str]]:
     return islice(((p, s) for p, s in pairs if p.strip() and s.strip()), limit)
 
 
+def preflight(source: TextSource) -> None:
+    """Refuse a text file that is not there, without reading it. Raises InputError."""
+    if source.path is not None and not Path(source.path).expanduser().is_file():
+        raise InputError(f"model.text.path {source.path} does not exist; give a jsonl or parquet file")
+
+
 def source_key(source: TextSource) -> dict[str, str]:
     """What the rows of a file or hub source depend on, for artifact keys (a file's digest, a dataset's commit)."""
     from omr.artifact import file_sha256
 
     keys = {"problem_key": source.problem_key, "solution_key": source.solution_key}
     if source.path is not None:
-        path = Path(source.path).expanduser()
-        if not path.is_file():
-            raise InputError(f"model.text.path {path} does not exist")
-        return {"sha256": file_sha256(path), **keys}
+        preflight(source)
+        return {"sha256": file_sha256(Path(source.path).expanduser()), **keys}
     if source.hub is not None:
         commit = hub.resolve_revision(source.hub, source.revision, "dataset")
         return {"hub": source.hub, "revision": commit, "split": source.split, **keys}
@@ -231,51 +233,15 @@ def _hub_files(source: TextSource) -> Iterator[Path]:
 def _read_file(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         raise InputError(f"text file {path} does not exist; set model.text.path")
-    records = _parquet(path, keys) if path.name.endswith(".parquet") else _jsonl(path)
-    for number, record in enumerate(records, 1):
+    for where, record in read_records(path, columns=keys):
         for key in keys:
             if key not in record:
                 there = ", ".join(sorted(record)[:12])
                 raise InputError(
-                    f"{path} row {number} has no {key!r} (it has {there}); set model.text.problem_key and solution_key"
+                    f"{path} {where} has no {key!r} (it has {there}); set model.text.problem_key and solution_key"
                 )
         problem, solution = (_text(path, key, record[key]) for key in keys)
         yield problem, solution
-
-
-def _parquet(path: Path, keys: tuple[str, str]) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            if missing := [key for key in keys if key not in there]:
-                raise InputError(
-                    f"{path} has no column {missing[0]!r} (it has {', '.join(there)}); "
-                    "set model.text.problem_key and solution_key"
-                )
-            for batch in file.iter_batches(batch_size=64, columns=list(keys)):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
-
-
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise InputError(f"{path} line {number} is not a JSON object; one object a line is needed")
-                yield record
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise InputError(f"{path} line {number} is not JSON ({error}); one object a line is needed") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read after line {number}: {error}") from None
 
 
 def _text(path: Path, key: str, value: object) -> str:

@@ -38,21 +38,22 @@ class InputError(UserError):
 
 
 class MissingBackend(UserError):
-    """`package` is not installed; `pip install 'omr[extra]'` brings it."""
+    """`package` is not installed; `fix` mends it, by default `pip install 'omr[extra]'`."""
 
-    def __init__(self, package: str, *, extra: str | None = None, why: str = "") -> None:
-        fix = f"pip install 'omr[{extra}]'" if extra else f"install {package}"
+    def __init__(self, package: str, *, extra: str | None = None, why: str = "", fix: str = "") -> None:
+        fix = fix or (f"pip install 'omr[{extra}]'" if extra else f"install {package}")
         super().__init__(f"{package} is not available here{': ' + why if why else ''}. Fix: {fix}")
         self.package = package
         self.extra = extra
         self.why = why
+        self.fix = fix
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_missing_backend, (self.package, self.extra, self.why))
+        return (_missing_backend, (self.package, self.extra, self.why, self.fix))
 
 
-def _missing_backend(package: str, extra: str | None, why: str) -> MissingBackend:
-    return MissingBackend(package, extra=extra, why=why)
+def _missing_backend(package: str, extra: str | None, why: str, fix: str) -> MissingBackend:
+    return MissingBackend(package, extra=extra, why=why, fix=fix)
 
 
 class Failure(OmrError):

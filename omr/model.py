@@ -15,7 +15,7 @@ class TextSource:
     corpus: bool = False
     """Generate them with omr's synthetic corpus (the embedded model's training text)."""
     path: str | None = field(default=None, metadata={"content": False})  # its digest is keyed instead
-    """A jsonl or parquet file (jsonl may be gzipped)."""
+    """A jsonl or parquet file (jsonl may be gzipped); read instead of corpus or hub, whatever those say."""
     hub: str | None = None
     """A Hugging Face dataset, for example nvidia/OpenMathReasoning."""
     revision: str | None = field(default=None, metadata={"content": False})  # the resolved hash is keyed instead
@@ -27,8 +27,12 @@ class TextSource:
     """Seed of the synthetic corpus; the embedded model was trained on seed 0."""
 
     def __post_init__(self) -> None:
-        if sum([self.corpus, self.path is not None, self.hub is not None]) > 1:
-            raise ConfigError("model.text takes one of corpus, path, hub; set the others to null")
+        if self.path is not None:  # put over a model's own text, which it replaces
+            self.corpus, self.hub = False, None
+        if self.corpus and self.hub is not None:
+            raise ConfigError(
+                f"model.text has corpus=true and hub={self.hub}; set model.text.corpus=false or model.text.hub=null"
+            )
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -25,7 +26,7 @@ from omr import dataset, source
 from omr.artifact import content
 from omr.config import Config, home
 from omr.errors import ResourceError
-from omr.process import run_verb
+from omr.process import check_port, run_verb
 from omr.run import Run
 from omr.server import Endpoint, ServeSpec
 
@@ -47,15 +48,25 @@ def preflight(cfg: Config) -> None:
     Raises MissingBackend, ConfigError, InputError or ResourceError.
     """
     device = cfg.device_name()
-    home().mkdir(parents=True, exist_ok=True)
+    cfg.job.preflight(cfg)
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home()):
+            pass
+    except OSError as error:
+        raise ResourceError(f"cannot write in {home()} ({error.strerror}); set OMR_HOME to another folder") from None
     if (free := shutil.disk_usage(home()).free) < MIN_FREE_BYTES:
         raise ResourceError(f"{free / 1e9:.1f} GB free in {home()}, a run needs 1 GB; free some or set OMR_HOME")
     if cfg.server.needs_weights:
-        source.preflight(cfg.model)
+        source.preflight(cfg.model, serves=cfg.job.serves)
+    dataset.preflight(cfg.model.text)
     cfg.benchmark.preflight()
-    if cfg.job.serves:
+    if cfg.job.uses_tools:
         cfg.sandbox.preflight()
+    if cfg.job.needs_backend(cfg.server):
         cfg.server.preflight(_spec(cfg, device))
+    if cfg.job.serves and cfg.server.needs_weights and cfg.server.port:
+        check_port(cfg.server.host, cfg.server.port)
 
 
 def weights(run: Run) -> Made:

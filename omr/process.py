@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import omr.errors
 from omr.errors import ChildError, OmrError, ResourceError
 from omr.option import fields_of
@@ -83,6 +85,14 @@ def log_tail(log: Path, n: int = 15) -> str:
         lines = file.read().decode(errors="replace").split("\n")
         return "\n".join([line.rsplit("\r", 1)[-1].rstrip() for line in lines if line.strip()][-n:])
     return ""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that has died and was not waited for does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal_group(pgid: int, number: signal.Signals) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import platform
 import shlex
@@ -87,11 +88,24 @@ class Run:
         return home() / "artifacts" / "unfinished" / self.fingerprint
 
 
+def new_folder(study: str) -> Path:
+    """A folder for one command's output that no other command has, made here: multirun/STUDY/TIME."""
+    parent = home() / "multirun" / study
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for count in itertools.count(1):
+        folder = parent / (stamp if count == 1 else f"{stamp}_{count}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()  # of two commands in the same second one makes it
+            return folder
+    raise AssertionError("unreachable")
+
+
 def fingerprint(cfg: Config) -> str:
     """The digest of everything that can change what the run measures."""
     recipe: dict[str, Any] = {group: content(getattr(cfg, group)) for group in (*GROUPS, "model", "sampling")}
     recipe["benchmark"] = content(cfg.benchmark)
-    recipe["device"] = cfg.device.name
+    recipe["device"] = cfg.device_name()
     revisions = {g: type(getattr(cfg, g)).REVISION for g in ("quant", "drafter", "server")}
     inputs = {"omr": __version__, **{g: str(r) for g, r in revisions.items()}, **_local_files(cfg)}
     return key_of("run", recipe, inputs)

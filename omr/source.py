@@ -52,13 +52,19 @@ class Source:
     """Where it came from: kind and, by kind, path, package, hub id and commit."""
 
 
-def preflight(model: Model) -> None:
+def preflight(model: Model, *, serves: bool = False) -> None:
     """Refuse a model that cannot be had here, without fetching or importing anything. Raises InputError and the like.
 
-    A local folder is checked as in `resolve`. For the hub: a plausible id, room on disk, and the cache when offline.
+    A local folder is checked as in `resolve`, and with `serves` its longest context too. For the hub: a plausible id,
+    room on disk, and the cache when offline.
     """
     if local := local_folder(model):
-        check_folder(local)
+        longest = parse(check_folder(local).config).max_position_embeddings
+        if serves and model.context_tokens > longest:
+            raise ConfigError(
+                f"model.context_tokens={model.context_tokens} is more than the model's "
+                f"max_position_embeddings={longest}; set it to {longest} or less"
+            )
     elif model.package:
         _package_of(model)
         if not _has_pip():

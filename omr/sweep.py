@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from omr import compose, pipeline, table
 from omr.config import Config, home, typed
-from omr.errors import Failure, OmrError, Terminated
-from omr.run import SUMMARY, TRACEBACK, choices, fingerprint, open_run, run_name
+from omr.errors import ConfigError, Failure, OmrError, ResourceError, Terminated, UserError
+from omr.run import SUMMARY, TRACEBACK, choices, fingerprint, new_folder, open_run, run_name
 from omr.tracker import MlflowTracker
 
 PARENT = "OMR_PARENT_RUN"
@@ -33,12 +33,8 @@ _failures: list[OmrError] = []
 def run_all(overrides: list[str], *, multirun: bool) -> int:
     """Check, run and tabulate what the command line asks for; the exit code."""
     plan = checked(overrides, multirun=multirun)
-    if plan is None:
-        return 2
     first = plan.cells[0].cfg
-    folder = home() / "multirun" / first.study / time.strftime("%Y-%m-%d_%H-%M-%S")
-    while folder.exists():
-        folder = folder.with_name(f"{folder.name}x")
+    folder = new_folder(first.study)
     places = [f"hydra.run.dir={folder}/0", f"hydra.sweep.dir={folder}"]
     if not plan.multirun:
         hand_to_hydra([*overrides, *places])
@@ -50,27 +46,29 @@ def run_all(overrides: list[str], *, multirun: bool) -> int:
     return _sweep(first, [*overrides, *places, "--multirun"], folder)
 
 
-def checked(overrides: list[str], *, multirun: bool) -> compose.Plan | None:
-    """Every cell composed and passed by preflight, or None with a line on stderr for each that was refused."""
+def checked(overrides: list[str], *, multirun: bool) -> compose.Plan:
+    """Every cell composed and passed by preflight.
+
+    Raises what refused a single run. For a sweep each refused cell gets a line on stderr, and an error counts them.
+    """
     plan = compose.plan(overrides, multirun=multirun)
-    refused = list(plan.refused)
+    refused: list[tuple[str, OmrError]] = [(line, ConfigError(line)) for line in plan.refused]
     for at, cell in enumerate(plan.cells):
         try:
             pipeline.preflight(cell.cfg)
         except OmrError as error:
-            where = f"cell {at} ({' '.join(cell.overrides)}): " if plan.multirun else ""
-            refused.append(f"{where}{error}")
-    if refused:
-        for line in dict.fromkeys(refused):
-            print(f"omr: {line}", file=sys.stderr)
-        if plan.multirun:
-            print(f"omr: {len(refused)} cell(s) refused, nothing was started", file=sys.stderr)
-        return None
-    return plan
+            refused.append((f"cell {at} ({' '.join(cell.overrides)}): {error}", error))
+    if not refused:
+        return plan
+    if not plan.multirun:
+        raise refused[0][1]
+    for line in dict.fromkeys(line for line, _ in refused):
+        print(f"omr: {line}", file=sys.stderr)
+    mistakes = any(isinstance(error, UserError) for _, error in refused)
+    raise (ConfigError if mistakes else ResourceError)(f"{len(refused)} cell(s) refused, nothing was started")
 
 
 def _sweep(first: Config, args: list[str], folder: Path) -> int:
-    folder.mkdir(parents=True)
     uri = first.tracking()
     parent = MlflowTracker(uri, first.study, f"sweep {folder.name}", home=home()) if uri else None
     if parent:
@@ -107,7 +105,8 @@ def _sweep(first: Config, args: list[str], folder: Path) -> int:
 def _say_where(folder: Path, cfg: Config) -> None:
     print(f"everything it wrote: {folder}")
     if uri := cfg.tracking():
-        print(f"in the browser: mlflow ui --backend-store-uri {uri}   (study {cfg.study!r} at http://127.0.0.1:5000)")
+        ui = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"
+        print(f"in the browser: {ui} ui --backend-store-uri {uri}   (study {cfg.study!r} at http://127.0.0.1:5000)")
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:

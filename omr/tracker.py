@@ -221,31 +221,41 @@ def study_runs(uri: str, study: str, home: Path) -> list[dict[str, Any]]:
     if experiment is None:
         names = sorted(e.name for e in client.search_experiments() if e.name != "Default")
         raise ConfigError(f"no study {study!r} in {uri}; there are: {', '.join(names) or 'none'}")
-    runs: list[Any] = []
-    token = None
-    while True:
-        page = client.search_runs([experiment.experiment_id], page_token=token, order_by=["attributes.start_time DESC"])
-        runs.extend(page)
-        token = page.token
-        if not token:
-            return [_as_dict(run) for run in runs]
+    return [_as_dict(run) for run in _all_runs(client, experiment.experiment_id)]
 
 
 def studies(uri: str, home: Path) -> dict[str, int]:
     """Study names with their number of runs, those without runs left out."""
     client = _client(uri, home)
-    counts = {e.name: len(client.search_runs([e.experiment_id], max_results=5000)) for e in client.search_experiments()}
+    counts = {e.name: sum(1 for _ in _all_runs(client, e.experiment_id)) for e in client.search_experiments()}
     return {name: count for name, count in sorted(counts.items()) if count}
 
 
 def get_run(uri: str, run_id: str, home: Path) -> dict[str, Any]:
-    """One run by id or by a unique prefix of it. Raises ConfigError when there is none."""
+    """One run by id or by a unique prefix of it. Raises ConfigError when there is none, or more than one."""
     client = _client(uri, home)
-    for experiment in client.search_experiments():
-        for run in client.search_runs([experiment.experiment_id], max_results=1000):
-            if run.info.run_id.startswith(run_id):
-                return _as_dict(run)
-    raise ConfigError(f"no run {run_id!r} in {uri}; `omr ls` lists them")
+    found = [
+        run
+        for experiment in client.search_experiments()
+        for run in _all_runs(client, experiment.experiment_id)
+        if run.info.run_id.startswith(run_id)
+    ]
+    if not found:
+        raise ConfigError(f"no run {run_id!r} in {uri}; `omr ls` lists them")
+    if len(found) > 1:
+        raise ConfigError(f"{len(found)} runs begin with {run_id!r} in {uri}; give more of the id")
+    return _as_dict(found[0])
+
+
+def _all_runs(client: Any, experiment_id: str) -> Iterator[Any]:
+    """Every run of an experiment, newest first, page by page."""
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], page_token=token, order_by=["attributes.start_time DESC"])
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _as_dict(run: Any) -> dict[str, Any]:

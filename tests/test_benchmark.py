@@ -90,6 +90,7 @@ def test_limit(tmp_path: Path) -> None:
         ("f.jsonl", b'{"id": 1, "problem": "1"}\n{"id": 1, "problem": "2"}\n', "line 2: id '1' was used at .*line 1"),
         ("f.jsonl", b'{"problem": "\xff"}\n', "line 1: not JSON"),
         ("f.jsonl", b"\n\n", "holds no problem"),
+        ("f.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("f.jsonl.gz", b"not gzip", "cannot be read after line 0"),
         ("f.jsonl.gz", gzip.compress(b'{"problem": "1"}\n' * 3000)[:-20], "cannot be read after line"),
         ("f.parquet", b"PAR1 not really", "cannot be read as parquet"),

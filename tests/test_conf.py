@@ -99,6 +99,7 @@ def test_an_experiment_is_hardware_neutral() -> None:
         (["model.prompt=generic/maths"], "did you mean generic/math?"),
         (["sampling.max_tokens=2048"], "leaves no room for a prompt"),
         (["quant=bf16,fp8"], "add --multirun"),
+        (["model=qwen3_0_6b", "model.text.corpus=true"], "model.text.corpus=false or model.text.hub=null"),
         (["study=../up"], "study must be a plain folder name"),
         (["a b c"], "a b c: not KEY=VALUE"),
         (["device=tpu"], "device"),
@@ -130,3 +131,9 @@ def test_own_experiments_are_found_in_the_working_folder(tmp_path: Path, monkeyp
     (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\nstudy: mine\n")
     monkeypatch.chdir(tmp_path)
     assert one("+experiment=mine").study == "mine"
+
+
+@pytest.mark.parametrize("model", ["tiny", "qwen3_0_6b"])
+def test_a_text_of_ones_own_replaces_the_models(model: str) -> None:
+    text = one(f"model={model}", "model.text.path=mine.jsonl").model.text
+    assert (text.path, text.corpus, text.hub) == ("mine.jsonl", False, None)

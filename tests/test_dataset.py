@@ -222,11 +222,11 @@ def test_the_key_of_a_file_follows_its_content_and_not_its_path(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{"question": "q"}\n', "row 1 has no 'answer'.*problem_key"),
+        ("x.jsonl", b'{"question": "q"}\n', "line 1 has no 'answer'.*problem_key"),
         ("x.jsonl", b'{"question": "q", "answer": 3}\n', "'answer' must be text, got int"),
-        ("x.jsonl", b'{"question": "q", "answer": "a"}\n{"que', "line 2 is not JSON"),
-        ("x.jsonl", b'{"question": "q", "answer": "a"}\n\xff\xfe\n', "line 2 is not JSON"),
-        ("x.jsonl", b"[1, 2]\n", "line 1 is not a JSON object"),
+        ("x.jsonl", b'{"question": "q", "answer": "a"}\n{"que', "line 2: not JSON"),
+        ("x.jsonl", b'{"question": "q", "answer": "a"}\n\xff\xfe\n', "line 2: not JSON"),
+        ("x.jsonl", b"[1, 2]\n", "line 1: expected a JSON object"),
         ("x.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "a"}\n' * 99)[:-20], "cannot be read after line"),
         ("x.jsonl.gz", b"not gzip at all", "cannot be read after line 0"),
         ("x.parquet", b"PAR1 but not really PAR1", "cannot be read as parquet"),
@@ -247,7 +247,7 @@ def test_missing_files_and_columns_are_refused(tmp_path: Path) -> None:
         source_key(source(tmp_path / "no.jsonl"))
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": "b"}]), path)
-    with pytest.raises(InputError, match=r"no column 'question' \(it has a\)"):
+    with pytest.raises(InputError, match=r"row 1 has no 'question' \(it has a\)"):
         list(read_rows(source(path), 1))
 
 

@@ -85,3 +85,6 @@ def test_unknown_study_and_run(uri: str, home: Path) -> None:
         study_runs(uri, "nope", home)
     with pytest.raises(ConfigError, match="no run 'zzz'"):
         get_run(uri, "zzz", home)
+    MlflowTracker(uri, "known", "y", home=home).end("FINISHED")
+    with pytest.raises(ConfigError, match=r"\d+ runs begin with ''.*give more"):
+        get_run(uri, "", home)

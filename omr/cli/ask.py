@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
 from omr.benchmark import Problem
-from omr.config import home
 from omr.errors import ConfigError, Failure, InputError
 from omr.job._report import vote_label
 from omr.job._samples import SampleFile
 from omr.job.eval import Eval
-from omr.run import open_run
+from omr.run import new_folder, open_run
 from omr.solve.grade import Grader
 from omr.sweep import checked
 
@@ -26,8 +24,6 @@ def main(argv: list[str]) -> int:
     if not text.strip():
         raise InputError('the problem is empty; say omr ask "What is 2+2?"')
     plan = checked(["study=ask", "tracking_uri=null", *args.overrides], multirun=False)
-    if plan is None:
-        return 2
     if plan.multirun:
         raise ConfigError("omr ask takes one configuration, not a sweep")
     cfg = plan.cells[0].cfg
@@ -35,7 +31,7 @@ def main(argv: list[str]) -> int:
     if not isinstance(job, Eval):
         raise ConfigError(f"omr ask solves with job=eval, got job={job.option_name}")
     problem = Problem(id="asked", text=text.strip(), expected_answer=None)
-    folder = home() / "multirun" / cfg.study / time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder = new_folder(cfg.study)
     with (
         open_run(cfg, folder, overrides=args.overrides) as run,
         SampleFile(folder, {problem.id: problem}, job.planned(run)) as samples,

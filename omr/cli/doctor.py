@@ -8,8 +8,9 @@ import shutil
 import sys
 from importlib import metadata
 
-from omr.config import default_tracking, has_gpu, home
+from omr.config import default_tracking, home
 from omr.errors import OmrError
+from omr.machine import gpu_names, has_gpu
 from omr.option import discover
 
 BACKENDS = {
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     row("omr", f"{metadata.version('omr')}, Python {platform.python_version()}, {platform.platform()}")
     for name in ("torch", "transformers", "mlflow", "hydra-core", "omegaconf", "math-verify"):
         row(name, metadata.version(name))
-    row("GPU", "NVIDIA device found" if has_gpu() else "none; device=auto takes the CPU")
+    row("GPU", ", ".join(gpu_names()) or "NVIDIA device found" if has_gpu() else "none; device=auto takes the CPU")
     row("disk", f"{shutil.disk_usage(home()).free / 1e9:.0f} GB free in {home()}")
     row("tracking", default_tracking())
     for (group, name), cls in sorted(discover().items()):

@@ -8,8 +8,6 @@ from omr.sweep import checked
 def main(argv: list[str]) -> int:
     multirun = bool({"--multirun", "-m"} & set(argv))
     plan = checked([a for a in argv if a not in ("--multirun", "-m")], multirun=multirun)
-    if plan is None:
-        return 2
     for cell in plan.cells:
         print("ok  " + (" ".join(cell.overrides) or "(the defaults)"))
     return 0

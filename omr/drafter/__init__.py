@@ -85,6 +85,9 @@ class Drafter:
         """Whether `fit` is given the quantised checkpoint that is served, instead of the weights it was made from."""
         return False
 
+    def preflight(self) -> None:
+        """Refuse, before anything is allocated, what `load` could not use. Raises ConfigError or InputError."""
+
     def load(self, folder: Path | None, base: Transformer) -> DraftModel | None:
         """The proposer for `base`, on its device, or None for plain decoding. Raises InputError on a mismatch."""
         return None

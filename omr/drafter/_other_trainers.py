@@ -97,7 +97,11 @@ def fit_elsewhere(option: Option, base: Path, text: Path, out: Path, device: str
     if option.train.python is None and importlib.util.find_spec(package) is None:
         raise MissingBackend(package, extra=extra, why=f"drafter.train.trainer={trainer} runs it")
     if device != "cuda" and option.train.python is None:
-        raise MissingBackend("a CUDA device", why=f"drafter.train.trainer={trainer} trains in bfloat16 on GPUs")
+        raise MissingBackend(
+            "a CUDA device",
+            why=f"drafter.train.trainer={trainer} trains in bfloat16 on GPUs",
+            fix="drafter.train.trainer=omr, or a machine with one",
+        )
     work = resume_of(out)
     shutil.rmtree(work, ignore_errors=True)
     data, log, target = work / "data", work / f"{trainer}.log", work / "head"

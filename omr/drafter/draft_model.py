@@ -34,13 +34,19 @@ class SmallModel(ModelDrafter):
         if self.kv_cache_tokens < 1:
             raise ConfigError(f"drafter.kv_cache_tokens must be >= 1, got {self.kv_cache_tokens}")
 
+    def preflight(self) -> None:
+        self._folder()
+
+    def _folder(self) -> Path:
+        path = Path(self.weights()).expanduser()
+        if not path.is_dir():
+            raise InputError(f"drafter.model={self.model} is no folder here; server=native needs the model on disk")
+        return path
+
     def load(self, folder: Path | None, base: Transformer) -> DraftModel:
         """Native engine only; needs a local folder. Refuses a model of another vocabulary."""
         from omr.drafter._small_model import SmallModelDraft
 
-        path = Path(self.weights())
-        if not path.is_dir():
-            raise InputError(f"drafter.model={self.model} is no folder here; server=native needs the model on disk")
-        draft = SmallModelDraft(path, base, self.draft_tok, self.kv_cache_tokens)
+        draft = SmallModelDraft(self._folder(), base, self.draft_tok, self.kv_cache_tokens)
         draft.adaptive = self.adaptive
         return draft

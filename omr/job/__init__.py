@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from omr.config import Config
     from omr.run import Run
+    from omr.server import Server
 
 
 @dataclass(kw_only=True)
@@ -16,7 +18,19 @@ class Job:
     option_group: ClassVar[str]
     option_name: ClassVar[str]
     serves: ClassVar[bool] = False
-    """Whether the job launches a server (and so needs the server's preflight)."""
+    """Whether the job launches a server."""
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether it runs model-written code, and so needs a sandbox."""
+        return False
+
+    def needs_backend(self, server: Server) -> bool:
+        """Whether the machine must have what `server` runs on: to launch it, or to build its engine."""
+        return self.serves
+
+    def preflight(self, cfg: Config) -> None:
+        """Refuse, before anything is allocated, what this job cannot do with the rest of `cfg`. Raises ConfigError."""
 
     def run(self, run: Run) -> float | None:
         raise TypeError(f"{type(self).__name__} does nothing")

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
 from tqdm import tqdm
 
 from omr.benchmark import Problem
@@ -21,7 +20,7 @@ from omr.errors import ChildError, Failure, RequestError, Terminated
 from omr.job._samples import SampleFile
 from omr.job._score import Record, ballot_of
 from omr.job.eval import Eval
-from omr.process import log_tail
+from omr.process import is_alive, log_tail
 from omr.run import Run
 from omr.sandbox import SandboxClient
 from omr.server import Endpoint, SpecCounts
@@ -110,15 +109,22 @@ class Solving:
     def to_the_end(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
         """Solve all open problems. Returns the server's speculation counters over that time.
 
-        Raises ChildError when the server died, Failure when it fails every request.
+        Raises ChildError when the server died, Failure when it fails every request. What it failed is asked for again
+        when the same command is run again.
         """
+        before = len(self._samples.rows)
         try:
-            return asyncio.run(self._stoppable(live, sandbox))
+            counts = asyncio.run(self._stoppable(live, sandbox))
         except Failure as error:
-            if live.pid is not None and not _is_alive(live.pid):
-                tail = log_tail(live.log) if live.log else ""
-                raise ChildError(f"the server died while solving; log: {live.log}", tail) from error
+            _check_alive(live, error)
             raise
+        made = self._samples.rows[before:]
+        failed = [row["error"] for row in made if "error" in row]
+        if failed:
+            _check_alive(live)
+        if failed and len(failed) == len(made):
+            raise Failure(f"the server failed all {len(made)} generations; the last with: {failed[-1]}")
+        return counts
 
     async def _stoppable(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
         """SIGTERM as a cancellation: raised inside a callback, an exception would be logged by the loop and lost."""
@@ -255,8 +261,8 @@ async def _counts(client: Client) -> SpecCounts | None:
         return None  # a server without a metrics page has no acceptance to report
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+def _check_alive(live: Endpoint, cause: Failure | None = None) -> None:
+    """Raise ChildError when a server of ours is gone: what was asked of it since then says nothing about the model."""
+    if live.pid is not None and not is_alive(live.pid):
+        tail = log_tail(live.log) if live.log else ""
+        raise ChildError(f"the server died while solving; log: {live.log}", tail) from cause

@@ -10,12 +10,16 @@ from omr.option import option
 
 if TYPE_CHECKING:
     from omr.run import Run
+    from omr.server import Server
 
 
 @option("job", "build")
 @dataclass(kw_only=True)
 class Build(Job):
     """Make or reuse the checkpoint; for a server that builds engines, the drafter and the engine too."""
+
+    def needs_backend(self, server: Server) -> bool:
+        return server.builds_engine
 
     def run(self, run: Run) -> float | None:
         from omr import pipeline

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from omr.errors import ChildError
 from omr.job import Job
 from omr.option import option
-from omr.process import log_tail
+from omr.process import is_alive, log_tail
 
 if TYPE_CHECKING:
     from omr.run import Run
@@ -23,12 +23,10 @@ class Serve(Job):
     serves: ClassVar[bool] = True
 
     def run(self, run: Run) -> float | None:
-        import psutil
-
         from omr import pipeline
 
         with pipeline.endpoint(run) as live:
             run.say(f"model {live.model!r} at {live.base_url}/v1 - Ctrl-C ends it")
-            while live.pid is None or psutil.pid_exists(live.pid):
+            while live.pid is None or is_alive(live.pid):
                 time.sleep(0.5)
             raise ChildError(f"the server died; log: {live.log}", log_tail(live.log) if live.log else "")

@@ -19,6 +19,7 @@ from omr.option import option
 from omr.sft import CURVE, REVISION, Recipe, Shape
 
 if TYPE_CHECKING:
+    from omr.config import Config
     from omr.pipeline import Made
     from omr.run import Run
 
@@ -49,15 +50,18 @@ class TrainModel(Job):
                 f"{self.shape.context_tokens}; lower the first or raise the second"
             )
 
+    def preflight(self, cfg: Config) -> None:
+        text = cfg.model.text
+        if not (text.corpus or text.path or text.hub):
+            raise ConfigError(
+                f"model={cfg.model.name} names no text to train on; set model.text.path to a jsonl of problem and "
+                "solution, model.text.hub to a dataset, or model.text.corpus=true"
+            )
+
     def run(self, run: Run) -> float | None:
         from omr import pipeline
 
         source = run.cfg.model.text
-        if not (source.corpus or source.path or source.hub):
-            raise ConfigError(
-                f"model={run.cfg.model.name} names no text to train on; set model.text.path to a jsonl of problem and "
-                "solution, model.text.hub to a dataset, or model.text.corpus=true"
-            )
         base = pipeline.weights(run)
         text = self._corpus(run, base) if source.corpus else pipeline.text(run, self.rows, base)
         if self.fresh:

@@ -56,7 +56,9 @@ class Local(Sandbox):
 
         if sys.platform != "linux":
             raise MissingBackend(
-                "Linux", why=f"sandbox sessions are built from its kernel's means, not {sys.platform}'s"
+                "Linux",
+                fix="sandbox=http with a service on Linux, or sandbox=none",
+                why=f"sandbox sessions are built from its kernel's means, not {sys.platform}'s",
             )
         for package in ("numpy", "sympy"):
             if importlib.util.find_spec(package) is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from omr.errors import ConfigError
+from omr.option import discover
 
 if TYPE_CHECKING:
     from omr.drafter import Drafter
@@ -92,6 +93,19 @@ class Server:
             raise ConfigError(f"server.port must be 0 (any free port) to 65535, got {self.port}")
         if self.start_timeout_s <= 0:
             raise ConfigError(f"server.start_timeout_s must be > 0, got {self.start_timeout_s}")
+
+    def require_choices(self, quant: str, drafter: str) -> None:
+        """Raise ConfigError, naming the servers that can, for a quant or drafter that this one cannot run."""
+        for group, choice in (("quant", quant), ("drafter", drafter)):
+            runs = getattr(self, f"runs_{group}")
+            if choice in runs:
+                continue
+            servers = [(n, cls) for (g, n), cls in discover().items() if g == "server"]
+            able = sorted(n for n, cls in servers if choice in getattr(cls, f"runs_{group}"))
+            raise ConfigError(
+                f"server={self.option_name} cannot run {group}={choice}, only {', '.join(sorted(runs))}"
+                + (f"; server={','.join(able)} can" if able else "")
+            )
 
     def preflight(self, spec: ServeSpec) -> None:
         """Refuse, before anything is allocated, what this machine cannot run. Paths in `spec` need not exist yet.

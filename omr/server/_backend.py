@@ -12,33 +12,18 @@ from functools import cache
 from pathlib import Path
 
 from omr.errors import ConfigError, MissingBackend, ResourceError
-from omr.option import discover
-from omr.server import Server, ServeSpec
+from omr.machine import gpu_bytes, gpu_names, has_gpu, host_bytes
 
 BYTES_PER_PARAM = {"bf16": 2.0, "fp8": 1.0, "int8_wo": 1.0, "int4": 0.6}
 """Weights on the device, per parameter; embeddings and scales make these lower bounds."""
 
 
-def require_choices(server: Server, spec: ServeSpec) -> None:
-    """Raise ConfigError, naming the servers that can, for a quant or drafter that `server` cannot run."""
-    for group, choice in (("quant", spec.quant), ("drafter", spec.drafter.option_name)):
-        if choice in getattr(server, f"runs_{group}"):
-            continue
-        able = sorted(
-            n for (g, n), cls in discover().items() if g == "server" and choice in getattr(cls, f"runs_{group}")
-        )
-        also = f"; server={','.join(able)} can" if able else ""
-        raise ConfigError(f"server={server.option_name} cannot run {group}={choice}{also}")
-
-
 def require_gpu(server: str, device: str) -> None:
     """Raise MissingBackend unless an NVIDIA GPU is visible and asked for."""
     if device != "cuda" or not has_gpu():
-        raise MissingBackend("a CUDA device", why=f"server={server} runs on NVIDIA GPUs only; use server=native")
-
-
-def has_gpu() -> bool:
-    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidia0").exists()
+        raise MissingBackend(
+            "a CUDA device", why=f"server={server} runs on NVIDIA GPUs only", fix="server=native, or a machine with one"
+        )
 
 
 def require_cuda_torch() -> None:
@@ -48,7 +33,11 @@ def require_cuda_torch() -> None:
     except importlib.metadata.PackageNotFoundError:
         raise MissingBackend("torch") from None
     if version.endswith("+cpu"):
-        raise MissingBackend("a CUDA build of torch", why=f"device=cuda, but torch {version} is installed")
+        raise MissingBackend(
+            "a CUDA build of torch",
+            why=f"device=cuda, but torch {version} is installed",
+            fix="pip install torch from the CUDA index, or device=cpu",
+        )
 
 
 def interpreter(python: str | None) -> Path:
@@ -99,17 +88,6 @@ def _version(python: Path, distribution: str) -> str | None:
     return done.stdout.strip() or None
 
 
-@cache
-def gpu_names() -> list[str]:
-    """Names of the visible GPUs, for keys of what is built for one kind; empty when nvidia-smi does not say."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return sorted({line.strip() for line in out.splitlines() if line.strip()})
-    except (OSError, subprocess.SubprocessError):
-        return []
-
-
 def find_script(name: str, python: str | None) -> Path | None:
     """A console script beside the interpreter of `server.python`; else beside this one, else on PATH."""
     beside = interpreter(python).parent / name
@@ -129,31 +107,20 @@ def require_script(name: str, *, package: str, extra: str, python: str | None) -
 
 
 def require_memory(params_b: float, quant: str, device: str, tp: int) -> None:
-    """Raise ResourceError when the weights alone cannot fit. Says nothing when a size is unknown."""
+    """Raise ConfigError for more GPUs than there are, ResourceError when the weights alone cannot fit.
+
+    Says nothing about what is not known: a size of 0, GPUs that nvidia-smi does not list.
+    """
+    count = len(gpu_names())
+    if device == "cuda" and 0 < count < tp:
+        raise ConfigError(f"model.tp={tp} needs as many GPUs, and this machine has {count}; lower model.tp")
     needed = params_b * 1e9 * BYTES_PER_PARAM.get(quant, 2.0)
     if not needed:
         return
-    have = _gpu_bytes() * tp if device == "cuda" else _host_bytes()
+    have = gpu_bytes() * tp if device == "cuda" else host_bytes()
     if have and needed > have:
         what = f"{tp} GPU" if device == "cuda" else "this machine"
         raise ResourceError(
             f"the weights take about {needed / 1e9:.0f} GB ({params_b:g}B parameters in {quant}), {what} has "
             f"{have / 1e9:.0f} GB; take a smaller model or a narrower quant"
         )
-
-
-def _host_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)
-
-
-@cache
-def _gpu_bytes() -> int:
-    """Memory of the smallest visible GPU; 0 when nvidia-smi does not say."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return min(int(line) for line in out.split()) << 20
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return 0

@@ -75,7 +75,7 @@ class Nemo(Server):
         return _SERVERS[self.server_type]()
 
     def preflight(self, spec: ServeSpec) -> None:
-        _backend.require_choices(self, spec)
+        self.require_choices(spec.quant, spec.drafter.option_name)
         inner = self._inner()
         if spec.quant not in inner.runs_quant:
             raise ConfigError(f"server.server_type={self.server_type.name} cannot run quant={spec.quant}")

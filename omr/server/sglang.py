@@ -68,7 +68,7 @@ class Sglang(Server):
             raise ConfigError(f"server.mem_fraction_static must be in (0, 1), got {self.mem_fraction_static}")
 
     def preflight(self, spec: ServeSpec) -> None:
-        _backend.require_choices(self, spec)
+        self.require_choices(spec.quant, spec.drafter.option_name)
         self.speculation(spec)
         _backend.require_package("sglang", extra="sglang", python=self.python)
         _backend.require_gpu("sglang", spec.device)

@@ -29,6 +29,7 @@ from omr.drafter._elsewhere import ModelDrafter
 from omr.drafter.ngram import Ngram
 from omr.drafter.redrafter import Head, Redrafter
 from omr.errors import ChildError, ConfigError, MissingBackend
+from omr.machine import gpu_names
 from omr.option import option
 from omr.process import log_tail, spawn
 from omr.server import Endpoint, Server, ServeSpec, SpecCounts, _backend, _child
@@ -113,7 +114,7 @@ class Trtllm(Server):
         return self.backend is Backend.tensorrt
 
     def preflight(self, spec: ServeSpec) -> None:
-        _backend.require_choices(self, spec)
+        self.require_choices(spec.quant, spec.drafter.option_name)
         drafter = spec.drafter
         if drafter.option_name not in _RUNS[self.backend.name]:
             other = next(name for name, runs in _RUNS.items() if drafter.option_name in runs)
@@ -158,7 +159,7 @@ class Trtllm(Server):
     def engine_recipe(self, spec: ServeSpec) -> dict[str, Any]:
         return {
             "tensorrt_llm": _backend.package_version("tensorrt_llm", self.python),
-            "gpu": _backend.gpu_names(),
+            "gpu": gpu_names(),
             "draft": _draft_shape(spec),
         }
 

@@ -80,7 +80,7 @@ class Vllm(Server):
             )
 
     def preflight(self, spec: ServeSpec) -> None:
-        _backend.require_choices(self, spec)
+        self.require_choices(spec.quant, spec.drafter.option_name)
         self.speculative_config(spec)
         _backend.require_script("vllm", package="vllm", extra="vllm", python=self.python)
         _backend.require_memory(spec.params_b, spec.quant, spec.device, spec.tp)

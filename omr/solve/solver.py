@@ -127,6 +127,8 @@ class Solver:
                 if not pending:
                     return None
                 finished, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if errors := [error for t in finished if (error := t.exception())]:
+                    raise errors[0]  # all were looked at: asyncio prints the traceback of one that was not
                 ballots.extend(sorted((t.result() for t in finished), key=lambda b: b.sample))
             return reason
         finally:

@@ -91,7 +91,7 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
 
         @contextlib.contextmanager
         def endpoint(run: Run) -> Iterator[Endpoint]:
-            yield Endpoint(base_url=fake.url, model="fake", server=run.cfg.server)
+            yield Endpoint(base_url=fake.url, model="fake", server=run.cfg.server, pid=fake.pid)
 
         monkeypatch.setattr(pipeline, "endpoint", endpoint)
         with open_run(cfg, tmp_path / f"run{next(numbers)}", overrides=list(overrides)) as run:

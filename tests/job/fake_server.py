@@ -30,6 +30,8 @@ class FakeServer:
     requests: list[dict[str, Any]] = field(default_factory=list)
     finished: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
+    pid: int | None = None
+    """Of the process that the endpoint is said to be."""
 
     def reply(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         self.requests.append(body)

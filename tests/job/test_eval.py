@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from omr.errors import ConfigError, Failure
+from omr.errors import ChildError, ConfigError, Failure
 from omr.job._report import problem_scores
 from omr.job._samples import intact_rows
 from omr.job.eval import Eval
@@ -221,13 +222,35 @@ def test_faults_are_counted_and_the_run_goes_on(evaluate: Evaluate, tmp_path: Pa
     assert "Faults: generations 2." in (run.folder / "report.md").read_text()
 
 
-def test_a_dead_server_ends_the_run_with_a_failure(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_a_dead_server_ends_the_run_with_a_failure(
+    evaluate: Evaluate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_sums(tmp_path, 30)
     with (
         serving(lambda body: 404) as server,
         pytest.raises(Failure, match="generations in a row; the last with: the server answered 404"),
     ):
         evaluate(server, f"benchmark.path={tmp_path / 'sums.jsonl'}")
+    gc.collect()
+    assert not caplog.records, "asyncio logs the traceback of a failure that nobody looked at"
+
+
+def test_a_server_that_dies_near_the_end_is_no_finished_run(evaluate: Evaluate, tmp_path: Path) -> None:
+    write_sums(tmp_path, 6)
+    wanted = [f"benchmark.path={tmp_path / 'sums.jsonl'}", "job.num_generations=1", "sampling.seed=1"]
+    with serving(lambda body: 404 if "What is 2+" in body["prompt"] else solve_sums(body)) as server:
+        server.pid = 999_999_999  # no such process
+        with pytest.raises(ChildError, match="the server died while solving"):
+            evaluate(server, *wanted)
+    with serving(solve_sums) as healthy:
+        run, score = evaluate(healthy, *wanted)
+    assert score == 1 and run.metrics["fault/generations"] == 0
+
+
+def test_a_server_that_fails_a_small_benchmark_whole_is_a_failure(evaluate: Evaluate, tmp_path: Path) -> None:
+    write_sums(tmp_path, 3)
+    with serving(lambda body: 404) as server, pytest.raises(Failure, match=r"failed all 3 .*answered 404"):
+        evaluate(server, f"benchmark.path={tmp_path / 'sums.jsonl'}", "job.num_generations=1")
 
 
 def test_failed_generations_are_asked_again_after_a_resume(evaluate: Evaluate, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_file_of_solutions_makes_a_model_that_is_reused(
 ) -> None:
     monkeypatch.setenv("OMR_HOME", str(tmp_path / "home"))
     base = make_model("qwen2")
-    overrides = (f"model.path={base}", f"model.text.path={solutions}", "model.text.corpus=false", "job.rows=40")
+    overrides = (f"model.path={base}", f"model.text.path={solutions}", "job.rows=40")
     run = do(tmp_path / "one", *overrides)
     assert run.metrics["train/documents"] == 40 and run.metrics["stage/model_reused"] == 0
     assert isinstance(run.tracker, RecordingTracker)
@@ -84,8 +84,9 @@ def test_the_experiment_is_the_recipe_of_the_embedded_model() -> None:
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMR_HOME", str(tmp_path))
+    cfg = plan([*QUICK, "model.text.corpus=false"], multirun=False).cells[0].cfg
     with pytest.raises(ConfigError, match="names no text to train on"):
-        do(tmp_path / "one", "model.text.corpus=false")
+        cfg.job.preflight(cfg)
     made = plan([*QUICK, "job.rows=0"], multirun=False)
     assert made.refused and "job.rows" in made.refused[0]
     made = plan([*QUICK, "job.recipe.lr=0"], multirun=False)
