@@ -117,7 +117,8 @@ class GraphRunner(Runner):
         graph = self._graph(bucket, kind, new)
         self._upload(seqs, bucket)
         if new > 1 and not self.draft.needs_hidden:
-            self.inputs.drafts[: len(seqs)] = self._propose(seqs)
+            newest = self.inputs.newest[0, : len(seqs)]
+            self.inputs.drafts[: len(seqs)] = self.draft.propose(None, newest, [seq.tokens for seq in seqs])
         graph.replay()
         drawn = []
         for seq, row in zip(seqs, self.drawn[: len(seqs)].tolist(), strict=True):

@@ -87,7 +87,9 @@ class Runner:
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
         """One step of decoding sequences: one new token each, or more where drafts agree."""
-        drafts = self._propose(seqs) if self._speculates(seqs) else None
+        newest = self._ids([seq.tokens[-1] for seq in seqs])
+        rows = self._ids([seq.row for seq in seqs]) if self.draft is not None else None
+        drafts = self._propose(seqs, newest, rows) if self._speculates(seqs) else None
         new = 1 if drafts is None else 1 + drafts.shape[1]
         starts = [len(seq.tokens) - 1 for seq in seqs]
         longest = max(starts) + new - 1
@@ -96,30 +98,28 @@ class Runner:
         positions = [list(range(start, start + new)) for start in starts]
         tables = [(seq.blocks + [NULL_BLOCK] * (width - len(seq.blocks)))[:width] for seq in seqs]
         slots = [table[p // size] * size + p % size for table, row in zip(tables, positions, strict=True) for p in row]
-        newest = self._ids([seq.tokens[-1] for seq in seqs])
         tokens = newest if drafts is None else torch.cat([newest[:, None], drafts], 1).flatten()
         positions_ = self._ids(positions)
         batch = Padded(self.cache, self._ids(tables), positions_, self._ids(slots), longest)
         hidden = self.decoder.forward(tokens, positions_.flatten(), batch)
-        rows = self._draw(seqs, hidden, new, drafts)
         drawn = []
-        for index, (seq, (row, logprobs)) in enumerate(zip(seqs, rows, strict=True)):
+        for index, (row, logprobs) in enumerate(self._draw(seqs, hidden, new, drafts)):
+            seq = seqs[index]
             drafted = 0 if drafts is None or not seq.request.speculate else new - 1
             drawn.append(Drawn(seq=seq, tokens=row, logprobs=logprobs, drafted=drafted))
             starts[index] = index * new + len(row) - 1
-        if self.draft is not None:
-            self.hidden[self._ids([seq.row for seq in seqs])] = hidden.index_select(0, self._ids(starts))
+        if rows is not None:
+            self.hidden.index_copy_(0, rows, hidden.index_select(0, self._ids(starts)))
         return drawn
 
     def _speculates(self, seqs: list[Sequence]) -> bool:
         return self.draft is not None and self.speculate and any(seq.request.speculate for seq in seqs)
 
-    def _propose(self, seqs: list[Sequence]) -> torch.Tensor:
+    def _propose(self, seqs: list[Sequence], newest: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Drafts (B, n) int64."""
         assert self.draft is not None
-        newest = self._ids([seq.tokens[-1] for seq in seqs])
         if self.draft.needs_hidden:
-            return self.draft.propose(self.hidden.index_select(0, self._ids([seq.row for seq in seqs])), newest, None)
+            return self.draft.propose(self.hidden.index_select(0, rows), newest, None)
         return self.draft.propose(None, newest, [seq.tokens for seq in seqs])
 
     def _draw(
