@@ -28,12 +28,13 @@ from omr.engine.engine import Engine
 from omr.engine.request import Request
 from omr.nn.config import DecoderConfig
 from omr.nn.linear import Fp8Linear, Int8Linear
-from omr.nn.loader import load
+from omr.nn.loader import _Uninitialised, load
 from omr.nn.transformer import Transformer
 
 SHAPES = {
     "135m": (576, 30, 9, 3, 64, 1536, 49152, True),
     "14b": (5120, 48, 40, 8, 128, 13824, 152064, False),
+    "micro": (64, 2, 4, 2, 16, 96, 512, False),
 }
 """Hidden, layers, heads, key heads, head size, inner size, vocabulary, tied."""
 PROBLEMS = [
@@ -58,11 +59,11 @@ def shape_config(name: str) -> DecoderConfig:
     )  # fmt: skip
 
 
-def random_model(name: str) -> Transformer:
+def random_model(name: str, device: str = "cuda") -> Transformer:
     torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Transformer(shape_config(name))
-    model = model.to_empty(device="cuda").to(torch.bfloat16).requires_grad_(False).eval()
+    with torch.device("meta"), _Uninitialised():
+        model = Transformer(shape_config(name)).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
     model.tie()
     for parameter in model.parameters():
         parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
@@ -142,18 +143,21 @@ def decode_speed(model: Transformer, prompts: list[list[int]], new: int, draft: 
     run()  # captures the graphs
     seconds, prefill, tokens, steps = min(run() for _ in range(2))
     result = {"tok_s": tokens / seconds, "ms_step": 1e3 * seconds / steps, "prefill_ms": 1e3 * prefill}
-    runner = engine.runner
-    graph = next(reversed(runner._graphs.values()))
+    graph = next(reversed(engine.runner._graphs.values()))
+    return result | {"graph_ms": replay_ms(graph), "accepted": engine.counts.accepted_tokens}
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph, count: int = 20) -> float:
+    """Median milliseconds of a replay."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
-    for _ in range(20):
+    for _ in range(count):
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    result |= {"graph_ms": sorted(times)[10], "accepted": engine.counts.accepted_tokens}
-    return result
+    return sorted(times)[count // 2]
 
 
 def transformers_speed(model: Any, prompts: list[list[int]], new: int) -> dict:

@@ -102,9 +102,11 @@ class GraphRunner(Runner):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture every graph that requests without filters can need, largest batch first."""
+        adaptive = getattr(self.draft, "adaptive", False)  # then plain steps are taken as well
         for bucket in reversed(self.buckets):
             for kind in KINDS[:2]:
-                self._graph(bucket, kind, 1 + self.num_draft_tok)
+                for new in {1 + self.num_draft_tok, *([1] if adaptive else [])}:
+                    self._graph(bucket, kind, new)
 
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:

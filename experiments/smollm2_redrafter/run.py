@@ -1,0 +1,302 @@
+"""A ReDrafter for SmolLM2-135M, trained on what it says itself: acceptance and speed on GSM8K prompts, in one go.
+
+    python experiments/smollm2_redrafter/run.py --model FOLDER --train-problems gsm8k_train.jsonl --out OUT
+
+FOLDER holds the weights as a Hugging Face folder (`python -m omr model=smollm2_135m job=build` names it);
+gsm8k_train.jsonl[.gz] has a key `problem` or `question` a line (grade-school-math's train.jsonl, MIT). On a GPU, or
+with --device cpu and small sizes to see that it runs. The order is: solve the training problems greedily with the
+native engine, train the head on those solutions with omr's trainer, then on the 500 GSM8K test problems shipped with
+omr measure its accuracy, acceptance, speed and agreement with plain decoding. Every stage writes OUT/results.json; what
+no longer fits before --deadline-s is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import gzip
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from transformers import AutoTokenizer
+from writing import Written, divergences, write
+
+from omr.drafter._documents import Document
+from omr.drafter._ranks import Ranks
+from omr.drafter._redrafter_fit import new_head
+from omr.drafter._training import Training
+from omr.drafter.ngram import Ngram
+from omr.drafter.redrafter import Redrafter, Train
+from omr.nn.loader import load
+from omr.solve.prompt import PROMPTS, render
+
+BENCHMARK = Path(__file__).parents[2] / "omr" / "assets" / "benchmarks" / "gsm8k.jsonl"
+GAP_BOUND = 0.5
+"""Most by which the base's float32 logits may prefer a token at which a bfloat16 text parts from plain decoding."""
+SPEED_PROMPTS = {1: 8, 4: 24, 12: 72, 32: 192}
+"""Prompts answered per batch size: a second or two each."""
+TRIAL_STEPS = 60
+
+
+class Study:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.start = args, time.monotonic()
+        self.results: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+            "torch": torch.__version__,
+            "arguments": {k: str(v) for k, v in vars(args).items()},
+            "seconds": {},
+            "skipped": [],
+            "failed": {},
+        }
+        args.out.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        return self.args.deadline_s - (time.monotonic() - self.start)
+
+    def stage(self, name: str, needs_s: float, run: Callable[[], Any]) -> Any:
+        """Run a stage and keep what it returns, if there is time; one that fails is reported and ends in None."""
+        if self.left() < needs_s:
+            self.results["skipped"].append(name)
+            return None
+        began, value = time.monotonic(), None
+        try:
+            value = run()
+        except Exception:  # the exit status and the file say so; later stages are wanted all the same
+            self.results["failed"][name] = traceback.format_exc()
+            print(f"--- {name} FAILED\n{traceback.format_exc()}", flush=True)
+        if isinstance(value, dict):
+            self.results[name] = value
+        took = self.results["seconds"][name] = time.monotonic() - began
+        print(f"--- {name} ({took:.1f} s, {self.left():.0f} s left) {_short(value)}", flush=True)
+        self.save()
+        gc.collect()
+        return value
+
+    def save(self) -> None:
+        (self.args.out / "results.json").write_text(json.dumps(self.results, indent=1))
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, dict):
+        return ""
+    flat = {k: v for k, v in value.items() if isinstance(v, int | float)}
+    return "  ".join(f"{k} {v:.4g}" for k, v in flat.items())
+
+
+def read_problems(path: Path, limit: int) -> list[str]:
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = [json.loads(line) for line in raw.decode().split("\n") if line.strip()]
+    return [row.get("problem") or row["question"] for row in rows][:limit]
+
+
+class Subject:
+    """The base, its tokenizer, and the GSM8K prompts it is measured on."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model = load(args.model, device=args.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.train_prompts = self.encode(read_problems(args.train_problems, args.max_train))
+        self.prompts = self.encode(read_problems(BENCHMARK, args.max_eval))
+        self.plain: dict[int, list[int]] = {}
+        self.head = args.scratch / "drafter"
+        self._float32: Any = None
+
+    def encode(self, problems: list[str]) -> list[list[int]]:
+        prompt = PROMPTS["generic/math"]
+        texts = [render(self.tokenizer, prompt.messages(p)) for p in problems]
+        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def write(self, prompts: list[list[int]], batch: int, **knobs: Any) -> Written:
+        return write(self.model, prompts, batch=batch, max_tokens=self.args.new, **knobs)
+
+    def redrafter(self, *, adaptive: bool) -> Any:
+        return Redrafter(adaptive=adaptive).load(self.head, self.model)
+
+    def float32(self) -> Any:
+        """The same weights, computed in float32."""
+        if self._float32 is None:
+            self._float32 = load(self.args.model, device=self.args.device, dtype=torch.float32)
+        return self._float32
+
+    def document(self, prompt: list[int], written: list[int]) -> Document:
+        return Document.of(prompt + written, [False] * len(prompt) + [True] * len(written), 3)
+
+    # stages
+
+    def solve_training(self) -> list[Document]:
+        """Greedy solutions of the training problems, as many as the clock allows."""
+        got = self.write(self.train_prompts, self.args.generate_batch, deadline_s=self.args.generate_s)
+        self.solved = {
+            "problems": len(self.train_prompts),
+            "solutions": len(got.tokens),
+            "mean_tokens": sum(map(len, got.tokens.values())) / max(len(got.tokens), 1),
+            "cut_at_limit": sum(len(t) == self.args.new for t in got.tokens.values()),
+            **got.figures(),
+        }
+        documents = [self.document(self.train_prompts[i], t) for i, t in sorted(got.tokens.items())]
+        return [d for d in documents if d.counts[0]]
+
+    def solve_benchmark(self) -> dict[str, float]:
+        got = self.write(self.prompts, self.args.generate_batch)
+        self.plain = got.tokens
+        return got.figures()
+
+    def train(self, documents: list[Document]) -> dict[str, Any]:
+        """omr's trainer with its defaults, but for the batch and as many epochs as the clock allows."""
+        held_out = [self.document(self.prompts[i], t) for i, t in sorted(self.plain.items())]
+        held_out = [d for d in held_out if d.counts[0]]
+        how = Train(batch_rows=self.args.batch_rows, forward_tok=1 << 15 if self.args.device == "cuda" else 1 << 13)
+        trial = documents[: TRIAL_STEPS * how.batch_rows]
+        began = time.monotonic()
+        with Ranks.join(self.args.device) as ranks:
+            self._fit(how, trial[: len(trial) // 2], trial[:1], ranks)  # compiles, allocates
+            warm = time.monotonic()
+            steps = self._fit(how, trial, trial[:1], ranks)[0]["steps"]
+            step_s = (time.monotonic() - warm) / steps
+            epoch_s = step_s * len(documents) / how.batch_rows
+            epochs = max(1, min(self.args.max_epochs, int((self.args.train_s - (warm - began)) / epoch_s)))
+            metrics, head, curve = self._fit(replace(how, epochs=epochs), documents, held_out, ranks)
+        self.head.mkdir(parents=True, exist_ok=True)
+        head.save(self.head)
+        (self.args.out / "config.json").write_bytes((self.head / "config.json").read_bytes())
+        (self.args.out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+        tokens = sum(len(d.ids) for d in documents) * epochs
+        return {
+            "epochs": epochs, "step_ms": 1e3 * step_s, "documents": len(documents), "train_tokens": tokens,
+            "batch_rows": how.batch_rows, **metrics,
+        }  # fmt: skip
+
+    def _fit(self, how: Train, documents: list[Document], held_out: list[Document], ranks: Ranks) -> Any:
+        option = Redrafter(train=how)
+        head, _ = new_head(option, self.model, documents)
+        training = Training(option, self.model, head, documents, held_out, ranks)
+        metrics = training.run(Path(tempfile.mkdtemp()), {})
+        return metrics, head, training.progress.curve
+
+    def accept(self) -> dict[str, Any]:
+        """All prompts with drafts: acceptance, and where the text parts from plain decoding's."""
+        got = self.write(self.prompts, 64, draft=self.redrafter(adaptive=False))
+        self.drafted = got.tokens
+        return got.figures()
+
+    def agree(self) -> dict[str, Any]:
+        found = divergences(self.float32(), self.prompts, self.plain, self.drafted)
+        gaps = sorted(d["gap"] for d in found)
+        return {
+            "texts": len(self.plain),
+            "identical": len(self.plain) - len(found),
+            "bound": GAP_BOUND,
+            "within_bound": sum(g <= GAP_BOUND for g in gaps),
+            "largest_gap": gaps[-1] if gaps else 0.0,
+            "median_gap": gaps[len(gaps) // 2] if gaps else 0.0,
+            "largest_gap_in_steps": max((d["gap"] / d["step"] for d in found), default=0.0),
+            "divergences": found,
+        }
+
+    def float32_agrees(self) -> dict[str, Any]:
+        """In float32 the two must be equal token for token."""
+        prompts = self.prompts[:32]
+        model = self.float32()
+        draft = Redrafter(adaptive=False).load(self.head, model)
+        texts = [write(model, prompts, batch=8, max_tokens=96, draft=d).tokens for d in (None, draft)]
+        same = sum(texts[0][i] == texts[1][i] for i in range(len(prompts)))
+        return {"texts": len(prompts), "identical": same}
+
+    def speed(self, batch: int, drafter: str, temperature: float = 0.0) -> dict[str, float]:
+        drafts: dict[str, Callable[[], Any]] = {
+            "none": lambda: None,
+            "redrafter": lambda: self.redrafter(adaptive=False),
+            "redrafter, adaptive": lambda: self.redrafter(adaptive=True),
+            "ngram": lambda: Ngram(adaptive=False).load(None, self.model),
+            "ngram, adaptive": lambda: Ngram().load(None, self.model),
+        }
+        count = min(SPEED_PROMPTS.get(batch, 8 * batch), len(self.prompts))
+        prompts, draft = self.prompts[:count], drafts[drafter]()
+        return self.write(prompts, batch, draft=draft, temperature=temperature, warm=True).figures()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--train-problems", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/smollm2_redrafter"), help="the head is written here")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--deadline-s", type=float, default=600)
+    parser.add_argument("--generate-s", type=float, default=60)
+    parser.add_argument("--train-s", type=float, default=60)
+    parser.add_argument("--generate-batch", type=int, default=512)
+    parser.add_argument("--batch-rows", type=int, default=4)
+    parser.add_argument("--max-epochs", type=int, default=4)
+    parser.add_argument("--max-train", type=int, default=1 << 30)
+    parser.add_argument("--max-eval", type=int, default=500)
+    parser.add_argument("--new", type=int, default=256, help="most tokens of a solution")
+    parser.add_argument("--batches", default="1,12,32,4", help="most important first")
+    args = parser.parse_args()
+    batches = [int(b) for b in args.batches.split(",")]
+    study = Study(args)
+    subject = study.stage("load", 0, lambda: Subject(args))
+    documents = subject and study.stage("solve training problems", 0, subject.solve_training)
+    if not documents or study.stage("solve benchmark", 0, subject.solve_benchmark) is None:
+        return 1
+    study.results["training problems"] = subject.solved
+    if study.stage("train", 0, lambda: subject.train(documents)) is None:
+        return 1
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+    study.stage("acceptance", 5, subject.accept)
+
+    def speed(batch: int, drafter: str, temperature: float = 0.0) -> None:
+        name = f"batch {batch}, {drafter}" + (f", T {temperature}" if temperature else "")
+        study.stage(name, 4, lambda: subject.speed(batch, drafter, temperature))
+
+    for batch in batches:
+        for drafter in ("none", "redrafter", "ngram"):
+            speed(batch, drafter)
+    study.stage("agreement", 6, subject.agree)
+    for batch in batches:
+        speed(batch, "redrafter, adaptive")
+    study.stage("agreement in float32", 5, subject.float32_agrees)
+    for drafter in ("none", "redrafter"):
+        speed(32, drafter, 0.7)
+        speed(1, drafter, 0.7)
+    if args.device == "cuda":
+        study.results["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    study.results["seconds"]["all"] = time.monotonic() - study.start
+    study.save()
+    table(study.results, batches)
+    return 1 if study.results["failed"] else 0
+
+
+def table(results: dict[str, Any], batches: list[int]) -> None:
+    """tok/s of the whole run (decode steps alone), accepted length."""
+    drafters = ("none", "redrafter", "redrafter, adaptive", "ngram")
+    print(f"{'tok/s, ratio, tau':24s}" + "".join(f"{'batch ' + str(b):>24s}" for b in batches))
+    for drafter in drafters:
+        cells = []
+        for batch in batches:
+            got, plain = (results.get(f"batch {batch}, {d}") for d in (drafter, "none"))
+            if not got or not plain:
+                cells.append("-")
+                continue
+            tau = f", {got['tau']:.2f}" if "tau" in got else ""
+            cells.append(f"{got['tok_s']:.0f}, {got['tok_s'] / plain['tok_s']:.2f}x{tau}")
+        print(f"{drafter:24s}" + "".join(f"{c:>24s}" for c in cells))
+    print("skipped:", results["skipped"] or "nothing", " failed:", sorted(results["failed"]) or "nothing")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
