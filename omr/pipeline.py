@@ -75,8 +75,11 @@ def weights(run: Run) -> Made:
     return Made(found.folder, found.key)
 
 
-def text(run: Run, rows: int, base: Made) -> Made:
-    """`rows` documents in the model's own prompt format, for calibration and drafter training."""
+def text(run: Run, rows: int, base: Made, *, use: str = "text") -> Made:
+    """`rows` documents in the model's own prompt format, for calibration and drafter training.
+
+    `use` names the stage and its artifact in the run.
+    """
     model = run.cfg.model
     recipe = {**content(model.text), "rows": rows, "prompt": model.prompt, "code_tags": model.code_tags}
 
@@ -91,9 +94,9 @@ def text(run: Run, rows: int, base: Made) -> Made:
         )
         return {"rows": written}
 
-    with run.stage("text"):
+    with run.stage(use):
         made = run.store.get("text", recipe, {"weights": base.key, **_rows_key(run)}, make)
-    run.use("text", made)
+    run.use(use, made)
     return Made(made.path / "text.parquet", made.key)
 
 
@@ -119,7 +122,7 @@ def checkpoint(run: Run) -> Made:
     quant, base = run.cfg.quant, weights(run)
     if quant.identity:
         return base
-    calibration = text(run, quant.calib_samples, base) if quant.calib_samples else None
+    calibration = text(run, quant.calib_samples, base, use="calibration") if quant.calib_samples else None
     inputs = {"weights": base.key} | ({"text": calibration.key} if calibration else {})
 
     def make(out: Path) -> Any:

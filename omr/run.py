@@ -12,12 +12,13 @@ import dataclasses
 import itertools
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +45,8 @@ class Run:
     store: Store
     tracker: Tracker
     fingerprint: str
+    chosen: dict[str, str]
+    """What tells this run from others, see `choices`."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Everything logged by `log`, for the table at the end."""
 
@@ -76,8 +79,8 @@ class Run:
             "fingerprint": self.fingerprint,
             "status": status,
             "reason": reason,
-            "name": run_name(self.cfg),
-            "choices": choices(self.cfg),
+            "name": run_name(self.chosen),
+            "choices": self.chosen,
             "metrics": self.metrics,
         }
         (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
@@ -128,16 +131,27 @@ def _local_files(cfg: Config) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_run(cfg: Config, folder: Path, *, overrides: list[str], parent_id: str | None = None) -> Iterator[Run]:
-    """Open the run of `cfg` in `folder`, which is created; close it with the status that fits how the body ended."""
+def open_run(
+    cfg: Config,
+    folder: Path,
+    *,
+    overrides: Sequence[str],
+    picked: Mapping[str, str] | None = None,
+    parent_id: str | None = None,
+) -> Iterator[Run]:
+    """Open the run of `cfg` in `folder`, which is created; close it with the status that fits how the body ended.
+
+    `overrides` and `picked` are the command line and Hydra's choice of each group that `cfg` was composed from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    chosen = choices(cfg, overrides, picked or {})
     uri = cfg.tracking()
     tracker: Tracker
     if uri is None:
         tracker = RecordingTracker()
     else:
-        tracker = MlflowTracker(uri, cfg.study, run_name(cfg), home=home(), parent_id=parent_id)
-    run = Run(cfg, folder, Store(home() / "artifacts"), tracker, fingerprint(cfg))
+        tracker = MlflowTracker(uri, cfg.study, run_name(chosen), home=home(), parent_id=parent_id)
+    run = Run(cfg, folder, Store(home() / "artifacts"), tracker, fingerprint(cfg), chosen)
     run.store.notice = run.say
     try:
         _describe(run, overrides)
@@ -157,27 +171,34 @@ def open_run(cfg: Config, folder: Path, *, overrides: list[str], parent_id: str 
     run.end("FINISHED")
 
 
-def run_name(cfg: Config) -> str:
-    """`tiny fp8 redrafter native`: the choices that tell runs apart in a list."""
-    return " ".join([cfg.model.name, cfg.quant.option_name, cfg.drafter.option_name, cfg.server.option_name])
+def choices(cfg: Config, overrides: Sequence[str], picked: Mapping[str, str]) -> dict[str, str]:
+    """What tells runs apart: the choice of each group, then the keys set on the command line (`sampling.seed`).
+
+    A preset keeps its name (`fp8_channel`, not `fp8`) if it was `picked`; models and benchmarks name themselves.
+    """
+    groups = {group: picked.get(group) or str(getattr(cfg, group).option_name) for group in GROUPS}
+    groups |= {"model": cfg.model.name, "benchmark": cfg.benchmark.name}
+    groups |= {"sampling": picked["sampling"]} if "sampling" in picked else {}
+    keys = dict(o.split("=", 1) for o in overrides if re.match(r"[a-z_]+(\.\w+)+=", o))
+    return groups | keys
 
 
-def choices(cfg: Config) -> dict[str, str]:
-    """Chosen option or value of each group."""
-    chosen = {group: str(getattr(cfg, group).option_name) for group in GROUPS}
-    return chosen | {"model": cfg.model.name, "benchmark": cfg.benchmark.name}
+def run_name(chosen: Mapping[str, str]) -> str:
+    """`tiny fp8 redrafter native`: a run in a list."""
+    return " ".join(chosen[group] for group in ("model", "quant", "drafter", "server"))
 
 
-def _describe(run: Run, overrides: list[str]) -> None:
+def _describe(run: Run, overrides: Sequence[str]) -> None:
     """Write the resolved config and log choices, params, versions and commit."""
     from omegaconf import OmegaConf
 
     data = {f.name: _plain(getattr(run.cfg, f.name)) for f in dataclasses.fields(run.cfg)}
     resolved = run.folder / "config.yaml"
     resolved.write_text(OmegaConf.to_yaml(OmegaConf.create(data)))
-    run.tracker.params(choices(run.cfg) | dict(_flat(data)))
+    settings = {key: value for key, value in data.items() if key not in ("study", "rerun", "tracking_uri")}
+    run.tracker.params(run.chosen | dict(_flat(settings)))
     run.tracker.tags(
-        {f"choice.{group}": name for group, name in choices(run.cfg).items()}
+        {f"choice.{key}": value for key, value in run.chosen.items()}
         | {
             "omr.fingerprint": run.fingerprint,
             "omr.overrides": shlex.join(overrides),

@@ -141,23 +141,26 @@ def cell(composed: Any) -> float | None:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     cfg = typed(composed)
+    overrides = list(hydra_cfg.overrides.task)
+    picked = {group: str(name) for group, name in hydra_cfg.runtime.choices.items()}
     parent_id = os.environ.get(PARENT)
     if parent_id and not cfg.rerun and (earlier := _finished_before(cfg)):
+        chosen = choices(cfg, overrides, picked)
         summary = {
             "run_id": earlier["id"],
             "fingerprint": fingerprint(cfg),
             "status": "SKIPPED",
             "reason": "finished before",
-            "name": run_name(cfg),
-            "choices": choices(cfg),
+            "name": run_name(chosen),
+            "choices": chosen,
             "metrics": earlier["metrics"],
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
-        print(f"[{cfg.study}] {run_name(cfg)}: finished before as run {earlier['id'][:8]}, skipped", file=sys.stderr)
+        print(f"[{cfg.study}] {run_name(chosen)}: finished before as run {earlier['id'][:8]}, skipped", file=sys.stderr)
         return None
     try:
-        with open_run(cfg, folder, overrides=list(hydra_cfg.overrides.task), parent_id=parent_id) as run:
+        with open_run(cfg, folder, overrides=overrides, picked=picked, parent_id=parent_id) as run:
             return cfg.job.run(run)
     except OmrError as error:
         _failures.append(error)
