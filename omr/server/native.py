@@ -50,9 +50,9 @@ class Native(Server):
     num_threads: int = 0
     """CPU threads of the engine; 0 leaves one core to HTTP and the client."""
     stream_interval_s: float = 0.025
-    """Streams to omr's own client share an event every so often: alone, one shows 40 a second; of sixteen, each shows
-    one every 0.4 s (never less than one a second). On CPU an event costs both ends more than a token of a small model.
-    The first token and the last go at once, so latencies are not touched. 0 is an event a step."""
+    """Streams to omr's own client share an event every so often: alone, one shows forty a second; of sixteen, each
+    shows one every 0.4 s (never less than one a second). On CPU an event costs both ends more than a token of a small
+    model. The first token and the last go at once, so latencies are not touched. 0 is an event a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,8 +66,7 @@ class Native(Server):
             raise ConfigError(f"server.kv_cache_fraction must be in (0, 1), got {self.kv_cache_fraction}")
 
     def preflight(self, spec: ServeSpec) -> None:
-        self.require_choices(spec.quant, spec.drafter.option_name)
-        spec.drafter.preflight()
+        _backend.require_choices(self, spec)
         if spec.tp != 1:
             raise ConfigError(
                 f"server=native runs on one device; model.tp={spec.tp} needs server=vllm, sglang or trtllm"
