@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from omr.errors import ConfigError
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -46,6 +48,37 @@ class DraftModel(Protocol):
         Returns (batch, num_draft_tok) int64.
         """
         ...
+
+
+class SampledDraftModel(DraftModel, Protocol):
+    """A drafter whose chain can be drawn from its own law instead (see omr.engine.sampled)."""
+
+    sampled: bool
+    """Whether that is wanted for requests with temperature > 0."""
+    draft_tokens: torch.Tensor | None
+    """(D,) int64 token of each draft logit; None when every token has one."""
+
+    def propose_sampled(
+        self,
+        hidden: torch.Tensor | None,
+        tokens: torch.Tensor,
+        history: Sequence[Sequence[int]] | None,
+        choose: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """As `propose`, each token picked by `choose(step, logits)`: (B, D) draft logits -> (B,) int64 token ids.
+
+        `choose(step, logits, rows)` does so for a part of the batch; the others' drafts are not sampled.
+        """
+        ...
+
+
+def check_sampled(*, sampled: bool, adaptive: bool) -> None:
+    """Raise ConfigError for a pair of knobs under which a seed would not fix the output."""
+    if sampled and adaptive:
+        raise ConfigError(
+            "drafter.sampled=true needs drafter.adaptive=false: which steps draft would follow the clock, and with "
+            "sampled drafts the tokens follow the steps"
+        )
 
 
 class TreeDraftModel(DraftModel, Protocol):

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omr.drafter import DraftModel
 from omr.nn.draft_tree import Tree, beam_search, pack
 from omr.nn.eight_bit import eight_bit
 from omr.nn.linear import lay_out
@@ -29,13 +28,15 @@ from omr.nn.redrafter import Redrafter
 silu_, silu_out = torch.ops.aten.silu_.default, torch.ops.aten.silu.out
 Product = Callable[[Tensor], Tensor]
 Add = Callable[[Tensor, Tensor], Tensor]
+Choose = Callable[[int, Tensor], Tensor]
+History = Sequence[Sequence[int]] | None
 TABLE_ELEMENTS = 2**25
 """Largest table kept, in elements (128 MiB of float32)."""
 
 
 def draft_model(
     head: Redrafter, embedding: Tensor, num_draft_tok: int, *, num_beams: int = 1, in_eight_bit: bool = False
-) -> DraftModel:
+) -> Chain | TabulatedChain:
     """The fastest proposer for this head on its device; with several beams a TreeDraftModel.
 
     `in_eight_bit` runs blocks and output matrix in 8 bits (omr.nn.eight_bit). `head` may be changed by this.
@@ -68,15 +69,21 @@ class Chain:
 
     needs_hidden = True
     adaptive = False
+    sampled = False
 
     def __init__(self, head: Redrafter, embedding: Tensor, num_draft_tok: int) -> None:
         self.head, self.embedding, self.num_draft_tok = head, embedding, num_draft_tok
+        self.draft_tokens = head.draft_tokens
+
+    def propose(self, hidden: Tensor | None, tokens: Tensor, history: History) -> Tensor:
+        """See DraftModel."""
+        return self.propose_sampled(hidden, tokens, history, None)
 
     @torch.inference_mode()
-    def propose(self, hidden: Tensor | None, tokens: Tensor, history: Sequence[Sequence[int]] | None) -> Tensor:
-        """See DraftModel."""
+    def propose_sampled(self, hidden: Tensor | None, tokens: Tensor, history: History, choose: Choose | None) -> Tensor:
+        """See SampledDraftModel."""
         assert hidden is not None, "ReDrafter reads the target's hidden state"
-        return self.head.draft_chain(hidden, tokens, self.embedding, self.num_draft_tok)
+        return self.head.draft_chain(hidden, tokens, self.embedding, self.num_draft_tok, choose)
 
 
 class BeamTree(Chain):
@@ -100,6 +107,7 @@ class TabulatedChain:
 
     needs_hidden = True
     adaptive = False
+    sampled = False
 
     def __init__(self, head: Redrafter, embedding: Tensor, num_draft_tok: int, *, in_eight_bit: bool = False) -> None:
         self.num_draft_tok = num_draft_tok
@@ -121,7 +129,7 @@ class TabulatedChain:
             self.blocks = [self._product(linear.weight, linear.bias) for linear in linears[1:]]
             parts = head.head.parts
             self.out = [self._product(part, None) for part in parts]
-            self.table = head.draft_tokens
+            self.draft_tokens = head.draft_tokens
 
     def _product(self, weight: Tensor, bias: Tensor | None) -> Product:
         """x -> x W^T + b"""
@@ -137,9 +145,13 @@ class TabulatedChain:
             return lambda y, x: run(x).add_(y)
         return dense_add(lay_out(weight.detach().contiguous()), packed=True)
 
-    @torch.inference_mode()
-    def propose(self, hidden: Tensor | None, tokens: Tensor, history: Sequence[Sequence[int]] | None) -> Tensor:
+    def propose(self, hidden: Tensor | None, tokens: Tensor, history: History) -> Tensor:
         """See DraftModel."""
+        return self.propose_sampled(hidden, tokens, history, None)
+
+    @torch.inference_mode()
+    def propose_sampled(self, hidden: Tensor | None, tokens: Tensor, history: History, choose: Choose | None) -> Tensor:
+        """See SampledDraftModel."""
         assert hidden is not None, "ReDrafter reads the target's hidden state"
         h = self.hidden_size
         start = None if self.context_part is None else self.context_part(hidden)
@@ -162,8 +174,8 @@ class TabulatedChain:
                 y = silu_(block(y)).add_(y)
             for product in self.out:
                 y = product(y)
-            newest = y.argmax(-1)
-            if self.table is not None:
-                newest = self.table.index_select(0, newest)
+            newest = choose(k, y) if choose is not None else y.argmax(-1)
+            if choose is None and self.draft_tokens is not None:
+                newest = self.draft_tokens.index_select(0, newest)
             drafts.append(newest)
         return torch.stack(drafts, dim=1)

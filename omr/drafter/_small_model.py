@@ -8,7 +8,7 @@ the sequences that were not drafted for longest are dropped; one that does not f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from omr.nn.paged import NULL_BLOCK, KVCache, Padded, Part, Ragged
 from omr.nn.transformer import Transformer
 
 BLOCK_TOK = 16
+History = Sequence[Sequence[int]] | None
 
 
 @dataclass
@@ -41,6 +42,8 @@ class SmallModelDraft:
 
     needs_hidden = False
     adaptive = False
+    sampled = False
+    draft_tokens = None
 
     def __init__(self, folder: Path, base: Transformer, num_draft_tok: int, kv_cache_tokens: int) -> None:
         model = load(folder, device=str(base.device), dtype=base.dtype)
@@ -58,9 +61,15 @@ class SmallModelDraft:
         self.lanes: dict[int, Lane] = {}
         self.clock = 0
 
-    @torch.inference_mode()
-    def propose(self, hidden: Tensor | None, tokens: Tensor, history: Sequence[Sequence[int]] | None) -> Tensor:
+    def propose(self, hidden: Tensor | None, tokens: Tensor, history: History) -> Tensor:
         """See DraftModel. `history` ends with the newest token."""
+        return self.propose_sampled(hidden, tokens, history, lambda step, logits, rows: logits.argmax(-1))
+
+    @torch.inference_mode()
+    def propose_sampled(
+        self, hidden: Tensor | None, tokens: Tensor, history: History, choose: Callable[..., Tensor]
+    ) -> Tensor:
+        """See SampledDraftModel. A sequence that does not fit has no draft: its newest token, repeated."""
         assert history is not None and len(history) == len(tokens), "a draft model reads the history"
         self.clock += 1
         drafts = tokens[:, None].repeat(1, self.num_draft_tok)
@@ -68,10 +77,10 @@ class SmallModelDraft:
         if not fits:
             return drafts
         rows = self._ids([row for row, _, _ in fits])
-        newest = self._catch_up([(ids, lane) for _, ids, lane in fits])
+        newest = choose(0, self._catch_up([(ids, lane) for _, ids, lane in fits]), rows)
         drafts[rows, 0] = newest
         for k in range(1, self.num_draft_tok):
-            newest = self._one_more([lane for _, _, lane in fits], newest)
+            newest = choose(k, self._one_more([lane for _, _, lane in fits], newest), rows)
             drafts[rows, k] = newest
         return drafts
 
@@ -108,7 +117,7 @@ class SmallModelDraft:
         self.free += self.lanes.pop(key).blocks
 
     def _catch_up(self, sequences: list[tuple[Sequence[int], Lane]]) -> Tensor:
-        """Cache what each sequence has gained; (B,) the token that follows it."""
+        """Cache what each sequence has gained; (B, V) the logits of the token that follows it."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -124,10 +133,10 @@ class SmallModelDraft:
             lane.tokens += ids[done:]
         batch = Ragged(cache=self.cache, slots=self._ids(slots), parts=parts)
         hidden = self.decoder.forward(self._ids(tokens), self._ids(positions), batch)
-        return self.decoder.logits(hidden.index_select(0, self._ids(last))).argmax(-1)
+        return self.decoder.logits(hidden.index_select(0, self._ids(last)))
 
     def _one_more(self, lanes: list[Lane], newest: Tensor) -> Tensor:
-        """Cache one drafted token for each lane; (B,) the next."""
+        """Cache one drafted token for each lane; (B, V) the logits of the next."""
         for lane, token in zip(lanes, newest.tolist(), strict=True):
             lane.tokens.append(token)
         at = [len(lane.tokens) - 1 for lane in lanes]
@@ -136,7 +145,7 @@ class SmallModelDraft:
         slots = [lane.slots(p, p + 1)[0] for lane, p in zip(lanes, at, strict=True)]
         positions = self._ids(at)
         batch = Padded(self.cache, self._ids(tables), positions[:, None], self._ids(slots), max(at))
-        return self.decoder.logits(self.decoder.forward(newest, positions, batch)).argmax(-1)
+        return self.decoder.logits(self.decoder.forward(newest, positions, batch))
 
     def _ids(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.cache.data.device)

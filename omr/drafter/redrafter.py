@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from omr.drafter import Drafter
+from omr.drafter import Drafter, check_sampled
 from omr.errors import ConfigError, InputError
 from omr.option import option
 
@@ -144,6 +144,9 @@ class Redrafter(Drafter):
     """Tokens drafted per step when serving; null is predict_n, more is refused."""
     adaptive: bool = field(default=True, metadata={"content": False})
     """Draft only while that is faster than plain decoding, as measured while serving; output is the same either way."""
+    sampled: bool = field(default=False, metadata={"content": False})
+    """Draw the drafts of requests with temperature from the drafter's own law, verified by rejection. Output keeps the
+    model's law but is no longer plain decoding's token for token. Greedy drafts are usually accepted more often."""
     num_beams: int = field(default=1, metadata={"content": False})
     """1 drafts a chain; more draft a tree of the likeliest beams, verified in one forward of up to
     1 + num_beams * draft_tok tokens."""
@@ -171,6 +174,12 @@ class Redrafter(Drafter):
                 raise ConfigError(f"drafter.{name} must be >= {least}, got {getattr(self, name)}")
         if self.num_beams > MAX_BEAMS:
             raise ConfigError(f"drafter.num_beams must be <= {MAX_BEAMS}, got {self.num_beams}")
+        check_sampled(sampled=self.sampled, adaptive=self.adaptive)
+        if self.sampled and self.num_beams > 1:
+            raise ConfigError(
+                f"drafter.sampled=true draws a chain; set drafter.num_beams=1, got {self.num_beams}, or "
+                "drafter.sampled=false"
+            )
         if self.exit_dim is not None and self.exit_dim < 1:
             raise ConfigError(f"drafter.exit_dim must be >= 1 or null, got {self.exit_dim}")
         if (self.head is Head.low_rank) != (self.head_rank > 0):
@@ -232,5 +241,5 @@ class Redrafter(Drafter):
             )
         head.attach(base.lm_head.weight)
         draft = draft_model(head, base.embed.weight, wanted, num_beams=self.num_beams, in_eight_bit=self.eight_bit)
-        draft.adaptive = self.adaptive
+        draft.adaptive, draft.sampled = self.adaptive, self.sampled
         return draft

@@ -14,6 +14,7 @@ log-probabilities run the step without a graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,6 +22,7 @@ from omr.drafter import DraftModel
 from omr.engine import sampler
 from omr.engine.request import Sequence
 from omr.engine.runner import Drawn, Runner
+from omr.engine.sampled import SampledDrafts
 from omr.nn import kernels
 from omr.nn.cuda_decoder import CudaDecoder, Grid
 from omr.nn.paged import NULL_BLOCK, KVCache
@@ -110,7 +112,10 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
-        if any(seq.request.penalised or seq.request.logprobs is not None for seq in seqs):
+        on_host = self.draft is not None and not self.draft.needs_hidden
+        if any(seq.request.penalised or seq.request.logprobs is not None for seq in seqs) or (
+            on_host and self._samples_drafts(seqs)
+        ):
             return super().decode(seqs)
         sampled = [seq.request for seq in seqs if seq.request.temperature > 0]
         kind = KINDS[0] if not sampled else KINDS[2] if any(r.filtered for r in sampled) else KINDS[1]
@@ -118,7 +123,7 @@ class GraphRunner(Runner):
         bucket = next(size for size in self.buckets if size >= len(seqs))
         graph = self._graph(bucket, kind, new)
         self._upload(seqs, bucket)
-        if new > 1 and not self.draft.needs_hidden:
+        if new > 1 and on_host:
             newest = self.inputs.newest[0, : len(seqs)]
             self.inputs.drafts[: len(seqs)] = self.draft.propose(None, newest, [seq.tokens for seq in seqs])
         graph.replay()
@@ -183,17 +188,22 @@ class GraphRunner(Runner):
         inputs, cache = self.inputs, self.cache
         tokens, starts = inputs.newest[0, :bucket], inputs.newest[1, :bucket]
         tables, row = inputs.tables[:bucket], inputs.row[:bucket]
-        drafts = None
+        drafts, draw = None, sampler.draw
         if new > 1:
             drafts = inputs.drafts[:bucket]
             if self.draft.needs_hidden:
-                drafts = self.draft.propose(self.hidden.index_select(0, row), tokens, None)
+                propose = self.draft.propose
+                if getattr(self.draft, "sampled", False) and kind != KINDS[0]:
+                    law, follow = self._law_of(bucket, kind, 1), inputs.follow[:bucket] > 0
+                    drafted = SampledDrafts(law, starts + 1, follow, new - 1, self.vocab_size, self.draft.draft_tokens)
+                    propose, draw = partial(self.draft.propose_sampled, choose=drafted.choose), drafted.verify
+                drafts = propose(self.hidden.index_select(0, row), tokens, None)
             tokens = torch.cat([tokens[:, None], drafts], 1).flatten()
         positions, slots = kernels.place(starts, tables, new, cache.block_size)
         batch = Grid(cache=cache, tables=tables, starts=starts, slots=slots, new=new)
         hidden = self.decoder.forward(tokens, positions, batch)
         logits = self.decoder.logits(hidden)
-        drawn = sampler.draw(logits, self._law_of(bucket, kind, new), positions + 1).view(bucket, new)
+        drawn = draw(logits, self._law_of(bucket, kind, new), positions + 1).view(bucket, new)
         self.drawn[:bucket, :new] = drawn
         agreed = torch.zeros_like(row)
         if drafts is not None:

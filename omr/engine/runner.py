@@ -22,6 +22,7 @@ import torch
 from omr.drafter import DraftModel
 from omr.engine import sampler
 from omr.engine.request import Sequence, TokenLogprob
+from omr.engine.sampled import SampledDrafts
 from omr.engine.scheduler import Chunk
 from omr.nn.decoder import Decoder
 from omr.nn.paged import NULL_BLOCK, KVCache, Padded, Part, Ragged
@@ -89,7 +90,7 @@ class Runner:
         """One step of decoding sequences: one new token each, or more where drafts agree."""
         newest = self._ids([seq.tokens[-1] for seq in seqs])
         rows = self._ids([seq.row for seq in seqs]) if self.draft is not None else None
-        drafts = self._propose(seqs, newest, rows) if self._speculates(seqs) else None
+        drafts, sampled = self._propose(seqs, newest, rows) if self._speculates(seqs) else (None, None)
         new = 1 if drafts is None else 1 + drafts.shape[1]
         starts = [len(seq.tokens) - 1 for seq in seqs]
         longest = max(starts) + new - 1
@@ -103,7 +104,7 @@ class Runner:
         batch = Padded(self.cache, self._ids(tables), positions_, self._ids(slots), longest)
         hidden = self.decoder.forward(tokens, positions_.flatten(), batch)
         drawn = []
-        for index, (row, logprobs) in enumerate(self._draw(seqs, hidden, new, drafts)):
+        for index, (row, logprobs) in enumerate(self._draw(seqs, hidden, new, drafts, sampled)):
             seq = seqs[index]
             drafted = 0 if drafts is None or not seq.request.speculate else new - 1
             drawn.append(Drawn(seq=seq, tokens=row, logprobs=logprobs, drafted=drafted))
@@ -115,15 +116,31 @@ class Runner:
     def _speculates(self, seqs: list[Sequence]) -> bool:
         return self.draft is not None and self.speculate and any(seq.request.speculate for seq in seqs)
 
-    def _propose(self, seqs: list[Sequence], newest: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Drafts (B, n) int64."""
-        assert self.draft is not None
-        if self.draft.needs_hidden:
-            return self.draft.propose(self.hidden.index_select(0, rows), newest, None)
-        return self.draft.propose(None, newest, [seq.tokens for seq in seqs])
+    def _propose(
+        self, seqs: list[Sequence], newest: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, SampledDrafts | None]:
+        """Drafts (B, n) int64, and what verifies them if they were drawn from the drafter's law."""
+        draft = self.draft
+        hidden = self.hidden.index_select(0, rows) if draft.needs_hidden else None
+        history = None if draft.needs_hidden else [seq.tokens for seq in seqs]
+        if not self._samples_drafts(seqs):
+            return draft.propose(hidden, newest, history), None
+        starts = self._ids([len(seq.tokens) for seq in seqs])
+        follow = torch.tensor([seq.request.speculate for seq in seqs], device=self.device)
+        law = self._law(seqs, 1)
+        sampled = SampledDrafts(law, starts, follow, draft.num_draft_tok, self.vocab_size, draft.draft_tokens)
+        return draft.propose_sampled(hidden, newest, history, sampled.choose), sampled
+
+    def _samples_drafts(self, seqs: list[Sequence]) -> bool:
+        return getattr(self.draft, "sampled", False) and any(seq.request.temperature > 0 for seq in seqs)
 
     def _draw(
-        self, seqs: list[Sequence], hidden: torch.Tensor, new: int, drafts: torch.Tensor | None
+        self,
+        seqs: list[Sequence],
+        hidden: torch.Tensor,
+        new: int,
+        drafts: torch.Tensor | None,
+        sampled: SampledDrafts | None = None,
     ) -> list[tuple[list[int], list[TokenLogprob] | None]]:
         """For each sequence the drawn tokens, cut after the first off its draft, and their log-probabilities."""
         logits = self.decoder.logits(hidden)  # (B * Q, V)
@@ -135,7 +152,8 @@ class Runner:
         positions = None
         if not law.all_greedy:
             positions = self._ids([len(seq.tokens) + i for seq in seqs for i in range(new)])
-        tokens = sampler.draw(logits, law, positions).view(-1, new).tolist()
+        draw = sampler.draw if sampled is None else sampled.verify
+        tokens = draw(logits, law, positions).view(-1, new).tolist()
         result = []
         for index, (seq, row) in enumerate(zip(seqs, tokens, strict=True)):
             agreed = 0

@@ -92,13 +92,16 @@ def draw(logits: torch.Tensor, law: Law, positions: torch.Tensor) -> torch.Tenso
     """Tokens (R,) int64 for positions (R,) int64, from logits (R, V) float32."""
     if law.all_greedy:
         return logits.argmax(-1)
-    probs = filtered((logits / law.temperature).softmax(-1), law)
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    threshold = cumulative[:, -1:] * uniform(law.seed, positions)[:, None]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    # The last index is for logits that are not numbers: a token out of range would take the whole batch down.
-    tokens = torch.minimum(tokens, _last_positive(cumulative)).clamp_(max=logits.shape[-1] - 1)
+    tokens = invert(filtered((logits / law.temperature).softmax(-1), law), uniform(law.seed, positions))
     return torch.where(law.greedy, logits.argmax(-1), tokens) if law.any_greedy else tokens
+
+
+def invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Tokens (R,) int64 where the share u (R,) float64 of the sum of weights (R, V) >= 0 is reached."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cumulative, cumulative[:, -1:] * u[:, None], right=True)[:, 0]
+    # The last index is for logits that are not numbers: a token out of range would take the whole batch down.
+    return torch.minimum(tokens, _last_positive(cumulative)).clamp_(max=weights.shape[-1] - 1)
 
 
 def _last_positive(cumulative: torch.Tensor) -> torch.Tensor:

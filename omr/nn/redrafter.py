@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,19 +265,29 @@ class Redrafter(nn.Module):
         """(..., D) raw draft logits."""
         return self.head(self.features(context, state))
 
-    def draft_chain(self, context: Tensor, tokens: Tensor, embedding: Tensor, num_draft_tok: int) -> Tensor:
-        """Greedy chain: (B, H) context, (B,) newest tokens, (V, H) embedding table -> (B, num_draft_tok) int64.
+    def draft_chain(
+        self,
+        context: Tensor,
+        tokens: Tensor,
+        embedding: Tensor,
+        num_draft_tok: int,
+        choose: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Chain: (B, H) context, (B,) newest tokens, (V, H) embedding table -> (B, num_draft_tok) int64.
 
-        Equal to beam search with one beam. Static shapes, no host synchronisation: fit for a CUDA graph.
+        Greedy unless `choose(step, logits (B, D))` gives the token ids (B,); greedy is beam search with one beam.
+        Static shapes, no host synchronisation: fit for a CUDA graph.
         """
         state, newest = self.first_state(context), tokens
         table, drafts = self.draft_tokens, []
-        for _ in range(num_draft_tok):
+        for step in range(num_draft_tok):
             term = self.embed_term(F.embedding(newest, embedding).to(state.dtype))
             state = self.advance(state, term)
-            newest = self.logits(context, state).argmax(-1)
-            if table is not None:
-                newest = table[newest]
+            logits = self.logits(context, state)
+            if choose is not None:
+                newest = choose(step, logits)
+            else:
+                newest = logits.argmax(-1) if table is None else table[logits.argmax(-1)]
             drafts.append(newest)
         return torch.stack(drafts, dim=1)
 

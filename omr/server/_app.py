@@ -227,6 +227,7 @@ class Service:
                 stop_token_ids=body.stop_token_ids,
                 ignore_eos=body.ignore_eos,
                 logprobs=body.logprobs,
+                speculate=body.speculate,
             )
         except InputError as error:
             raise BadRequest(str(error)) from None

@@ -1,6 +1,7 @@
 """Request bodies of the OpenAI API, read strictly: every wrong type or range is a BadRequest that names the field.
 
-The dialect is vLLM's: OpenAI's fields plus top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids and the like.
+The dialect is vLLM's: OpenAI's fields plus top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids and the like;
+`speculate` is ours.
 Fields that nobody knows are passed over, as there. Known fields that this server cannot honour (suffix, logit_bias,
 tools, ...) are refused unless they carry their neutral value, because ignoring them would change what is asked for.
 """
@@ -57,6 +58,8 @@ class Generation:
     interval_s: float = 0.0
     """Shortest time between two events of a stream; tokens that come in between share the next one."""
     return_token_ids: bool = False
+    speculate: bool = True
+    """False decodes without drafts, whatever drafter the server has."""
     add_special: bool = True
     """Whether encoding a text prompt adds what the tokenizer adds (a bos token)."""
     echo: bool = False
@@ -263,6 +266,7 @@ def _generation(fields: _Fields, vocab_size: int) -> Generation:
         continuous_usage=options.flag("continuous_usage_stats"),
         interval_s=options.number("interval_s", 0.0, 0.0, 10.0),
         return_token_ids=fields.flag("return_token_ids"),
+        speculate=fields.flag("speculate", True),
     )
 
 

@@ -33,7 +33,7 @@ from omr.nn.transformer import Transformer
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
 GREEDY = json.loads((DATA / "generate_greedy.json").read_text())
 ENUMERATED: dict[tuple[int, float, int], Tensor] = {}
-CHAINS = ("none", "rnn2", "rnn1", "sum2", "proj", "ngram", "oracle", "contrary", "constant")
+CHAINS = ("none", "rnn2", "rnn2-sampled", "rnn1", "sum2", "proj", "ngram", "oracle", "contrary", "constant")
 TREES = ("rnn2-4x4", "rnn2-10x5", "rnn1-4x4", "sum2-10x5", "proj-4x4", "rnn2-2x2")
 
 
@@ -85,6 +85,8 @@ def drafter(name: str, model: Transformer) -> DraftModel | None:
     if name == "constant":
         return Constant()
     name, _, shape = name.partition("-")
+    if shape == "sampled":
+        return Redrafter(sampled=True, adaptive=False).load(DATA / f"drafter_{name}", model)
     beams, _, length = (shape or "1x4").partition("x")  # the newest token counts, as in the reference
     option = Redrafter(predict_n=int(length) - 1, num_beams=int(beams), adaptive=False)
     return option.load(DATA / f"drafter_{name}", model)
@@ -253,12 +255,14 @@ def second_pair_law(model: Transformer, prompt_number: int, temperature: float, 
     return law
 
 
-def test_joint_law_of_sampled_output(model: Transformer) -> None:
-    check_laws(model, "rnn2", 3000, 1.0, 50, 0)
+@pytest.mark.parametrize("name", ["rnn2", "rnn2-sampled"])
+def test_joint_law_of_sampled_output(name: str, model: Transformer) -> None:
+    check_laws(model, name, 3000, 1.0, 50, 0)
 
 
 LAWS = [("rnn2", t, k, p) for t, p in ((0.7, 0), (1.0, 1)) for k in (0, 50)]
 LAWS += [(name, 1.0, 0, 1) for name in ("none", "proj", "ngram", "constant", "rnn2-4x4", "sum2-10x5")]
+LAWS += [("rnn2-sampled", 0.7, 0, 0), ("rnn2-sampled", 1.0, 50, 1), ("proj-sampled", 1.0, 0, 0)]
 
 
 @pytest.mark.slow

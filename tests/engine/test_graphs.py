@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from omr.drafter._redrafter_chain import draft_model
 from omr.engine.engine import Engine
 from omr.engine.request import Request
 from omr.nn.loader import load
+from omr.nn.redrafter import Redrafter, RedrafterConfig
 from omr.nn.transformer import Transformer
 
 pytestmark = [
@@ -82,6 +84,23 @@ def test_tokens_are_those_of_the_cpu(family: str, drafter: str, pairs, run) -> N
     if drafter == "known":
         assert engine.counts.accepted_tokens > engine.counts.draft_tokens / 3
     assert len(engine.runner._graphs) > 1
+
+
+def test_sampled_drafts_are_those_of_the_cpu(pair, run) -> None:
+    torch.manual_seed(3)
+    known = {"vocab_size": VOCAB, "hidden_size": 32, "exit_dim": 64, "num_draft_layers": 1, "rnn": True}
+    head = Redrafter(RedrafterConfig(**known, draft_vocab_size=48)).requires_grad_(False).eval()
+    head.set_draft_tokens(torch.arange(48) + 8)
+    shape = {"max_batch_size": 20, "kv_cache_tokens": 4096, "block_size": 4}
+    tokens = []
+    for device in ("cpu", "cuda"):
+        model = load(pair.folder, device=device, dtype=torch.float32)
+        draft = draft_model(head.to(device), model.embed.weight, 3)
+        draft.sampled = True
+        engine = Engine(model, draft=draft, **shape)
+        tokens.append({name: done.tokens for name, done in run(engine, requests(20)).items()})
+        assert engine.counts.accepted_tokens > 0
+    assert tokens[0] == tokens[1]
 
 
 def test_warming_up_disturbs_nothing(pair, run) -> None:

@@ -195,6 +195,7 @@ def test_sampling_fields_reach_the_engine(tokenizer: Any) -> None:
         "stop_token_ids": [5, 6],
         "ignore_eos": True,
         "logprobs": 2,
+        "speculate": False,
     }
 
     async def test(http: httpx.AsyncClient, server: Live) -> None:
@@ -205,7 +206,7 @@ def test_sampling_fields_reach_the_engine(tokenizer: Any) -> None:
         got = {k: getattr(request, k) for k in fields}
         assert got == {**fields, "seed": 2**63 - 3}
         await post(http, top_k=-1)
-        assert engine.requests[-1].top_k == 0
+        assert engine.requests[-1].top_k == 0 and engine.requests[-1].speculate is True
         assert (engine.requests[-1].temperature, engine.requests[-1].top_p) == (1.0, 1.0)
 
     serve(engine, tokenizer, test)
@@ -335,6 +336,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": []}, "stream_options"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ({"ignore_eos": 1}, "ignore_eos"),
+    ({"speculate": "no"}, "speculate"),
     ({"suffix": "x"}, "suffix"),
     ({"logit_bias": {"1": 5}}, "logit_bias"),
     ({"model": 5}, "model"),

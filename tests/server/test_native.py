@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from omr.client import Client
@@ -118,6 +119,23 @@ def test_greedy_text_is_the_engines_tokens_decoded(model: Any, tokenizer: Any, s
             assert counts is None
 
     serve(model, tokenizer, test, speculate=speculate)
+
+
+def test_a_request_switches_drafting_off_for_itself(model: Any, tokenizer: Any) -> None:
+    engine = make_engine(model, speculate=True)
+    body = {"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 30, "ignore_eos": True}
+
+    async def main() -> None:
+        shape = {"context_tokens": 256, "vocab": model.config.vocab_size, "speculates": True}
+        async with live(engine, tokenizer, **shape) as server, httpx.AsyncClient(base_url=server.url) as http:
+            await server.thread.ready.wait()
+            quiet = (await http.post("/v1/completions", json={**body, "speculate": False})).json()
+            assert engine.counts.drafts == 0
+            drafted = (await http.post("/v1/completions", json=body)).json()
+            assert engine.counts.drafts > 0
+            assert quiet["choices"][0]["text"] == drafted["choices"][0]["text"]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 @pytest.mark.parametrize("speculate", [False, True])
