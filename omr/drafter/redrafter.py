@@ -135,7 +135,7 @@ class Train:
 class Redrafter(Drafter):
     """A recurrent draft head on the target's last hidden state."""
 
-    REVISION: ClassVar[int] = 1
+    REVISION: ClassVar[int] = 2
     trained: ClassVar[bool] = True
 
     predict_n: int = 3
