@@ -13,19 +13,21 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from omr.benchmark import Problem
+from omr.benchmark import Benchmark, Problem
 from omr.client import Client
 from omr.dataset import end_of_turn_text, lay_out, write_parquet
 from omr.drafter._own_text import OwnText
 from omr.errors import Failure, InputError
 from omr.interrupt import run_async
 from omr.model import Model
+from omr.records import SUFFIXES
 from omr.samples import SAMPLES, TRANSCRIPTS, SampleFile, intact_rows
 from omr.sandbox import SandboxClient
 from omr.server import Endpoint
@@ -40,6 +42,35 @@ REVISION = 1
 TEXT = "text.parquet"
 PLACES = 64
 """Problems open at a time; how many solutions are written at once is the recipe's."""
+
+
+def problem_source(how: OwnText) -> Benchmark | None:
+    """The problems that `how` names, as a benchmark; None when they are those of model.text. Raises InputError."""
+    name = how.problems
+    if name is None:
+        return None
+    if name.endswith(SUFFIXES):
+        source = Benchmark(name=Path(name).name.split(".")[0], path=name)
+    else:
+        source = Benchmark(name=name, packaged=f"{name}.jsonl")
+    try:
+        source.preflight()
+    except InputError as error:
+        raise InputError(f"drafter.train.own.problems={name}: {error}") from None
+    return source
+
+
+def choose(texts: Iterable[str], how: OwnText, rows: int) -> list[Problem]:
+    """The first different problems, as many as `rows` solutions need. Raises InputError when there are fewer."""
+    wanted = -(-rows // how.generations)
+    different = list(islice(dict.fromkeys(texts), wanted))
+    if len(different) < wanted:
+        raise InputError(
+            f"{wanted} problems are needed for drafter.train.rows={rows} at drafter.train.own.generations="
+            f"{how.generations}, and {how.problems or 'model.text'} has {len(different)}; lower the first or raise "
+            "the second"
+        )
+    return [Problem(id=f"p{i}", text=text, expected_answer=None) for i, text in enumerate(different)]
 
 
 class Writing:

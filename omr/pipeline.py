@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from omr import dataset, on_policy, source
 from omr.artifact import content, file_sha256, resume_folder
-from omr.benchmark import SUFFIXES, Benchmark, Problem
+from omr.benchmark import Problem
 from omr.config import Config, home
-from omr.errors import InputError, ResourceError
+from omr.errors import ResourceError
 from omr.option import discover
 from omr.process import check_port, run_verb
 from omr.run import Run
@@ -70,7 +70,7 @@ def preflight(cfg: Config) -> None:
     cfg.benchmark.preflight()
     own = cfg.drafter.own_text() if cfg.job.serves or cfg.job.trains else None
     if own:
-        _problem_file(own)
+        on_policy.problem_source(own)
     if cfg.job.uses_tools or (own and own.uses_tools):
         cfg.sandbox.preflight()
     if cfg.job.needs_backend(cfg.server):
@@ -170,39 +170,16 @@ def _writer(cfg: Config) -> Config:
     return replace(cfg, drafter=known["drafter", "none"](), quant=quant)
 
 
-def _problem_file(how: OwnText) -> Benchmark | None:
-    """The problems of `how` as a benchmark; None when they are those of model.text. Raises InputError, ConfigError."""
-    name = how.problems
-    if name is None:
-        return None
-    if name.endswith(SUFFIXES):
-        source = Benchmark(name=Path(name).name.split(".")[0], path=name)
-    else:
-        source = Benchmark(name=name, packaged=f"{name}.jsonl")
-    try:
-        source.preflight()
-    except InputError as error:
-        raise InputError(f"drafter.train.own.problems={name}: {error}") from None
-    return source
-
-
 def _problems(run: Run, how: OwnText, rows: int) -> list[Problem]:
-    """As many different problems as `rows` solutions need. Raises InputError when there are fewer."""
-    wanted = -(-rows // how.generations)
-    source = _problem_file(how)
-    texts = (p.text for p in source.load()) if source else (problem for problem, _ in _rows(run, 2 * wanted + 100))
-    different = list(islice(dict.fromkeys(texts), wanted))
-    if len(different) < wanted:
-        raise InputError(
-            f"{wanted} problems are needed for drafter.train.rows={rows} at drafter.train.own.generations="
-            f"{how.generations}, and {how.problems or 'model.text'} has {len(different)}; lower the first or raise "
-            "the second"
-        )
-    return [Problem(id=f"p{i}", text=text, expected_answer=None) for i, text in enumerate(different)]
+    source = on_policy.problem_source(how)
+    if source:
+        return on_policy.choose((problem.text for problem in source.load()), how, rows)
+    spare = 2 * rows + 100  # a dataset may have several solutions of a problem
+    return on_policy.choose((problem for problem, _ in _rows(run, spare)), how, rows)
 
 
 def _problems_key(run: Run, how: OwnText) -> dict[str, str]:
-    source = _problem_file(how)
+    source = on_policy.problem_source(how)
     if source is None:
         return _rows_key(run)
     file = source.local_file()
