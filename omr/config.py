@@ -64,19 +64,27 @@ class Config:
             raise ConfigError(f"study must be a plain folder name, got {self.study!r}")
         _known("model.prompt", self.model.prompt, PROMPTS)
         _known("model.code_tags", self.model.code_tags, CODE_TAGS)
-        self.server.require_choices(self.quant.option_name, self.drafter.option_name)
+        served = "none" if self.job.trains else self.drafter.option_name
+        self.server.require_choices(self.quant.option_name, served)
         text = self.model.text
         if self.server.needs_weights and not (text.corpus or text.path or text.hub):
-            for wants, why in ((self.quant.calib_samples, "calibrates"), (self.drafter.text_rows(), "is trained")):
+            own = self.drafter.own_text()
+            drafter_rows = 0 if own and own.problems else self.drafter.text_rows()
+            for wants, why in ((self.quant.calib_samples, "calibrates"), (drafter_rows, "is trained")):
                 if wants:
                     group = "quant" if why == "calibrates" else "drafter"
                     raise ConfigError(
                         f"{group}={getattr(self, group).option_name} {why} on text and model={self.model.name} names "
                         "none; set model.text.path to a jsonl of problem and solution, or model.text.corpus=true"
                     )
-        if self.sampling.max_tokens >= self.model.context_tokens:
+        self._check_room("sampling", self.sampling)
+        if own := self.drafter.own_text():
+            self._check_room("drafter.train.own.sampling", own.sampling)
+
+    def _check_room(self, name: str, sampling: Sampling) -> None:
+        if sampling.max_tokens >= self.model.context_tokens:
             raise ConfigError(
-                f"sampling.max_tokens={self.sampling.max_tokens} leaves no room for a prompt in "
+                f"{name}.max_tokens={sampling.max_tokens} leaves no room for a prompt in "
                 f"model.context_tokens={self.model.context_tokens}; lower the first or raise the second"
             )
 

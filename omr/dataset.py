@@ -44,12 +44,33 @@ def write_text(
 
     Raises InputError, leaving no file, when fewer than `min_rows` have both a problem and a solution.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     ask, tags = prompt_named(prompt), tags_named(code_tags)
     tokenizer = load_tokenizer(tokenizer_dir)
     end_of_turn = end_of_turn_text(tokenizer)
+
+    def laid_out() -> Iterator[TextRow]:
+        good = empty = 0
+        for problem, solution in rows:
+            if problem.strip() and solution.strip():
+                good += 1
+                yield lay_out(problem, solution, render(tokenizer, ask.messages(problem)), end_of_turn, tags)
+            else:
+                empty += 1
+        if good < min_rows:
+            also = f" ({empty} more had an empty problem or solution)" if empty else ""
+            raise InputError(
+                f"found {good} of the {min_rows} rows of text wanted{also}; give a larger source in model.text, "
+                "or ask for fewer"
+            )
+
+    return write_parquet(laid_out(), out)
+
+
+def write_parquet(rows: Iterable[TextRow], out: Path) -> int:
+    """Write `rows` as a text file (see omr/text.py) and return how many there are; no file if `rows` raises."""
+    import pyarrow
+    import pyarrow.parquet
+
     schema = pyarrow.schema(
         [
             ("problem", pyarrow.string()),
@@ -57,30 +78,20 @@ def write_text(
             ("spans", pyarrow.list_(pyarrow.list_(pyarrow.int64()))),
         ]
     )
-    written = empty = 0
+    written = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         with pyarrow.parquet.ParquetWriter(partial, schema) as writer:
             waiting: list[dict[str, Any]] = []
-            for problem, solution in rows:
-                if not problem.strip() or not solution.strip():
-                    empty += 1
-                    continue
-                row = lay_out(problem, solution, render(tokenizer, ask.messages(problem)), end_of_turn, tags)
-                waiting.append({"problem": problem, "text": row.text, "spans": [list(span) for span in row.spans]})
+            for row in rows:
+                waiting.append({"problem": row.problem, "text": row.text, "spans": [list(span) for span in row.spans]})
                 written += 1
                 if len(waiting) == GROUP_ROWS:
                     writer.write_table(pyarrow.Table.from_pylist(waiting, schema=schema))
                     waiting = []
             if waiting:
                 writer.write_table(pyarrow.Table.from_pylist(waiting, schema=schema))
-        if written < min_rows:
-            also = f" ({empty} more had an empty problem or solution)" if empty else ""
-            raise InputError(
-                f"found {written} of the {min_rows} rows of text wanted{also}; give a larger source in model.text, "
-                "or ask for fewer"
-            )
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, out)

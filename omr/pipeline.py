@@ -5,6 +5,7 @@ below is the order of dependence, not of calls, and a sweep over servers and sam
 
     weights     a Hugging Face folder             keyed by hub revision, package digest or file digests
     text        problems with solutions, parquet  keyed by the source, the prompt and the tokenizer's weights
+    own text    the model's own solutions         keyed by weights, problems, prompt, sampling and tool limits
     checkpoint  quantised folder                  keyed by weights, recipe and calibration text; bf16 is the weights
     drafter     trained head                      keyed by weights, recipe and text: not by `quant`
     engine      a server's own build              only for servers that build one
@@ -17,18 +18,24 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omr import dataset, source
-from omr.artifact import content
+from omr import dataset, on_policy, source
+from omr.artifact import content, file_sha256, resume_folder
+from omr.benchmark import Problem
 from omr.config import Config, home
 from omr.errors import ResourceError
+from omr.option import discover
 from omr.process import check_port, run_verb
 from omr.run import Run
 from omr.server import Endpoint, ServeSpec
+from omr.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from omr.drafter._own_text import OwnText
 
 MIN_FREE_BYTES = 1 << 30
 """Disk that must be free before a run starts."""
@@ -61,10 +68,15 @@ def preflight(cfg: Config) -> None:
         source.preflight(cfg.model, serves=cfg.job.serves)
     dataset.preflight(cfg.model.text)
     cfg.benchmark.preflight()
-    if cfg.job.uses_tools:
+    own = cfg.drafter.own_text() if cfg.job.serves or cfg.job.trains else None
+    if own:
+        on_policy.problem_source(own)
+    if cfg.job.uses_tools or (own and own.uses_tools):
         cfg.sandbox.preflight()
     if cfg.job.needs_backend(cfg.server):
         cfg.server.preflight(_spec(cfg, device))
+    if cfg.job.trains and own:
+        cfg.server.preflight(_spec(_writer(cfg), device))
     if cfg.job.serves and cfg.server.needs_weights and cfg.server.port:
         check_port(cfg.server.host, cfg.server.port)
 
@@ -117,6 +129,67 @@ def _rows_key(run: Run) -> dict[str, str]:
     return dataset.source_key(run.cfg.model.text)
 
 
+def own_text(run: Run, how: OwnText, rows: int, base: Made) -> Made:
+    """`rows` documents that the model `base` writes itself, served without a drafter and with tools."""
+    cfg, model = run.cfg, run.cfg.model
+    recipe = {
+        **content(how),
+        "rows": rows,
+        "prompt": model.prompt,
+        "code_tags": model.code_tags,
+        "context_tokens": model.context_tokens,
+        "output_chars": cfg.sandbox.output_chars,
+        "timeout_s": cfg.sandbox.timeout_s,
+    }
+    if not cfg.server.needs_weights:  # a remote endpoint: whether it serves these weights is not ours to know
+        recipe["endpoint"] = content(cfg.server)
+
+    def make(out: Path) -> dict[str, float]:
+        tokenizer = load_tokenizer(base.path)
+        keep = resume_folder(out)
+        with on_policy.Writing(keep, _problems(run, how, rows), how, model, tokenizer) as writing:
+            if writing.num_done:
+                run.say(f"own text: {writing.num_done} of {writing.planned} solutions are written already")
+            if writing.num_done < writing.planned:
+                folder = run.folder / "own_text"
+                with contextlib.ExitStack() as stack:
+                    sandbox = stack.enter_context(cfg.sandbox.launch(folder / "logs")) if how.uses_tools else None
+                    live = stack.enter_context(endpoint(replace(run, cfg=_writer(cfg), folder=folder)))
+                    writing.to_the_end(live, sandbox, cfg.sandbox.output_chars)
+            return writing.finish(out)
+
+    with run.stage("own_text"):
+        inputs = {"weights": base.key, **_problems_key(run, how)}
+        made = run.store.get("own_text", recipe, inputs, make, revision=on_policy.REVISION)
+    run.use("own_text", made)
+    run.log({f"own_text/{name}": value for name, value in made.metrics.items()})
+    return Made(made.path / on_policy.TEXT, made.key)
+
+
+def _writer(cfg: Config) -> Config:
+    """The run that writes its drafter's training text: no drafter, and the weights that it is trained on."""
+    known = discover()
+    quant = cfg.quant if cfg.drafter.fits_checkpoint() else known["quant", "bf16"]()
+    return replace(cfg, drafter=known["drafter", "none"](), quant=quant)
+
+
+def _problems(run: Run, how: OwnText, rows: int) -> list[Problem]:
+    source = on_policy.problem_source(how)
+    if source:
+        return on_policy.choose((problem.text for problem in source.load()), how, rows)
+    spare = 2 * rows + 100  # a dataset may have several solutions of a problem
+    return on_policy.choose((problem for problem, _ in _rows(run, spare)), how, rows)
+
+
+def _problems_key(run: Run, how: OwnText) -> dict[str, str]:
+    source = on_policy.problem_source(how)
+    if source is None:
+        return _rows_key(run)
+    file = source.local_file()
+    assert file is not None
+    return {"problems": file_sha256(file)}
+
+
 def checkpoint(run: Run) -> Made:
     """The weights as they are served: quantised, or the source itself for bf16."""
     quant, base = run.cfg.quant, weights(run)
@@ -152,8 +225,9 @@ def drafter(run: Run) -> Made | None:
     if not option.trained:
         return None
     original = weights(run)
-    rows = text(run, option.text_rows(), original)
     base = checkpoint(run) if option.fits_checkpoint() else original
+    how = option.own_text()
+    rows = own_text(run, how, option.text_rows(), base) if how else text(run, option.text_rows(), original)
 
     def make(out: Path) -> Any:
         return run_verb(

@@ -61,7 +61,7 @@ METRICS: dict[str, str] = {
     "accept/len_mean_tok": "mean acceptance length: 1 + accepted / drafts",
     "accept/pos{i}_marginal": "drafts whose token at position i was accepted, over all drafts",
     "accept/pos{i}_conditional": "the same over drafts accepted up to position i - 1",
-    "stage/{name}_s": "wall seconds of a stage: calibration, checkpoint, text, drafter, engine, server_start, generate, ..",
+    "stage/{name}_s": "wall seconds of a stage: calibration, checkpoint, text, own_text, drafter, engine, server_start, ..",
     "stage/{name}_reused": "1 when the stage's artifact was there already",
     "early_stop/cancelled": "generations cut off because the problem was done",
     "early_stop/not_started": "generations never begun because the problem was done",
@@ -74,6 +74,7 @@ METRICS: dict[str, str] = {
     "redrafter{i}_loss": "held-out cross-entropy at draft position i, nats",
     "redrafter{i}_prefix": "held-out share of contexts whose first i+1 drafts are all right",
     "drafter/{name}": "what drafter training reports",
+    "own_text/{name}": "what the model's own training text is: rows, tokens, share cut off",
     "train/{name}": "what fine-tuning reports",
 }
 """Every metric that a run may log, with its meaning. Braces stand for a number or a name."""

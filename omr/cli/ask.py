@@ -8,9 +8,9 @@ import sys
 from omr.benchmark import Problem
 from omr.errors import ConfigError, Failure, InputError
 from omr.job._report import vote_label
-from omr.job._samples import SampleFile
 from omr.job.eval import Eval
 from omr.run import new_folder, open_run
+from omr.samples import SampleFile
 from omr.solve.grade import Grader
 from omr.sweep import checked
 

@@ -11,8 +11,8 @@ from typing import Any
 from omr.errors import InputError
 from omr.job._outcome import conclude
 from omr.job._report import METRICS, PROBLEMS, read_problems
-from omr.job._samples import SAMPLES, intact_rows
 from omr.job._score import Record, Row
+from omr.samples import SAMPLES, intact_rows
 from omr.solve.grade import Grader
 from omr.solve.vote import Weight
 

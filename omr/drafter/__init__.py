@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from omr.drafter._own_text import OwnText
     from omr.nn.draft_tree import Tree
     from omr.nn.transformer import Transformer
 
@@ -113,6 +114,10 @@ class Drafter:
     def text_rows(self) -> int:
         """Rows of training text that `fit` wants; 0 when it is not trained."""
         return 0
+
+    def own_text(self) -> OwnText | None:
+        """How the base writes the training text itself; None when the text is given to it."""
+        return None
 
     def fits_checkpoint(self) -> bool:
         """Whether `fit` is given the quantised checkpoint that is served, instead of the weights it was made from."""

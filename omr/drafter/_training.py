@@ -88,7 +88,7 @@ class Training:
         )
         with bar, _fast_products(self.device):
             while self.progress.step < total and not self._out_of_patience():
-                self._one_step(resume)
+                self.one_step(resume)
                 bar.update()
                 if not self._losses:  # a line of the curve was written: everything is settled up to here
                     bar.set_postfix(loss=f"{self.progress.curve[-1]['drafter/loss']:.3f}", refresh=False)
@@ -106,7 +106,8 @@ class Training:
             "parameters": float(sum(p.numel() for p in self.parameters)),
         }
 
-    def _one_step(self, resume: Path) -> None:
+    def one_step(self, resume: Path) -> Tensor:
+        """Train the next step of the plan and return its loss, on the device. `resume` gets the batch of a failure."""
         step, every = self.progress.step, self.how.eval_every
         evaluates = bool(every) and ((step + 1) % every == 0 or step + 1 == len(self.steps))
         logs = evaluates or (step + 1) % LOG_EVERY == 0 or step + 1 == len(self.steps)
@@ -120,7 +121,7 @@ class Training:
         self._losses.append(loss)
         self.progress.step = step + 1
         if meter is None:
-            return
+            return loss
         self._check(step, loss, resume)
         row = {f"drafter/{k}": v for k, v in meter.read().items()}
         row |= {"drafter/lr": rate, "drafter/grad_norm": float(norm)}
@@ -131,6 +132,7 @@ class Training:
             row |= {f"drafter/held_out_{k}": v for k, v in held_out.items()}
             self._remember(self.ranks.from_first(sum(v for k, v in held_out.items() if k.endswith("_loss"))))
         self.progress.curve.append({"step": float(step + 1), **row})
+        return loss
 
     def _remember(self, held_out_loss: float) -> None:
         """Keep the parameters if they are the best so far."""

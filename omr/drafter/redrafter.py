@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from omr.drafter import Drafter, check_sampled
+from omr.drafter._own_text import OwnText
 from omr.errors import ConfigError, InputError
 from omr.option import option
 
@@ -62,6 +63,11 @@ class Base(Enum):
     checkpoint = "checkpoint"
 
 
+class Data(Enum):
+    text = "text"
+    self = "self"
+
+
 class Start(Enum):
     base = "base"
     random = "random"
@@ -71,6 +77,10 @@ class Start(Enum):
 class Train:
     """How the head is trained: part of its recipe, so every field here is part of its artifact key."""
 
+    data: Data = Data.text
+    """text: the documents of model.text; self: solutions that the base writes itself, see `own`."""
+    own: OwnText = field(default_factory=OwnText)
+    """How it writes them."""
     rows: int = 2500
     """Documents read, held-out ones included. Enough for the embedded model; a large model wants 20,000 or more."""
     base: Base = Base.weights
@@ -135,7 +145,7 @@ class Train:
 class Redrafter(Drafter):
     """A recurrent draft head on the target's last hidden state."""
 
-    REVISION: ClassVar[int] = 1
+    REVISION: ClassVar[int] = 2
     trained: ClassVar[bool] = True
 
     predict_n: int = 3
@@ -199,6 +209,9 @@ class Redrafter(Drafter):
 
     def text_rows(self) -> int:
         return self.train.rows
+
+    def own_text(self) -> OwnText | None:
+        return self.train.own if self.train.data is Data.self else None
 
     def fits_checkpoint(self) -> bool:
         return self.train.base is Base.checkpoint

@@ -19,6 +19,8 @@ class Job:
     option_name: ClassVar[str]
     serves: ClassVar[bool] = False
     """Whether the job launches a server."""
+    trains: ClassVar[bool] = False
+    """Whether it makes the drafter and does not serve it: its server, if any, writes the training text."""
 
     @property
     def uses_tools(self) -> bool:

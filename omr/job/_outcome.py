@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from omr.job._report import METRICS, PROBLEMS, REPORT, write_metrics, write_problems, write_report
-from omr.job._samples import SAMPLES, write_rows
 from omr.job._score import Record, score
+from omr.samples import SAMPLES, write_rows
 from omr.server import SpecCounts
 from omr.solve.answer import last_boxed
 from omr.solve.grade import Grader

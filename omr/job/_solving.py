@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +14,13 @@ from tqdm import tqdm
 from omr.benchmark import Problem
 from omr.client import Client
 from omr.config import Config
-from omr.errors import ChildError, Failure, RequestError, Terminated
-from omr.job._samples import SampleFile
+from omr.errors import ChildError, Failure, RequestError
+from omr.interrupt import run_async
 from omr.job._score import Record, ballot_of
 from omr.job.eval import Eval
 from omr.process import is_alive, log_tail
 from omr.run import Run
+from omr.samples import SampleFile
 from omr.sandbox import SandboxClient
 from omr.server import Endpoint, SpecCounts
 from omr.solve.answer import settle
@@ -114,7 +113,7 @@ class Solving:
         """
         before = len(self._samples.rows)
         try:
-            counts = asyncio.run(self._stoppable(live, sandbox))
+            counts = run_async(lambda: self._all(live, sandbox))
         except Failure as error:
             _check_alive(live, error)
             raise
@@ -125,30 +124,6 @@ class Solving:
         if failed and len(failed) == len(made):
             raise Failure(f"the server failed all {len(made)} generations; the last with: {failed[-1]}")
         return counts
-
-    async def _stoppable(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
-        """SIGTERM as a cancellation: raised inside a callback, an exception would be logged by the loop and lost."""
-        loop, me = asyncio.get_running_loop(), asyncio.current_task()
-        assert me is not None
-        if threading.current_thread() is not threading.main_thread():
-            return await self._all(live, sandbox)
-        terminated = threading.Event()
-
-        def stop() -> None:
-            terminated.set()
-            me.cancel()
-
-        before = signal.getsignal(signal.SIGTERM)
-        loop.add_signal_handler(signal.SIGTERM, stop)
-        try:
-            return await self._all(live, sandbox)
-        except asyncio.CancelledError:
-            if terminated.is_set():
-                raise Terminated from None
-            raise
-        finally:
-            loop.remove_signal_handler(signal.SIGTERM)
-            signal.signal(signal.SIGTERM, before)
 
     async def _all(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
         job, cfg = self._job, self._cfg

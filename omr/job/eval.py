@@ -30,9 +30,9 @@ from omr.solve.vote import StopPolicy, Weight
 
 if TYPE_CHECKING:
     from omr.benchmark import Problem
-    from omr.job._samples import SampleFile
     from omr.job._score import Record
     from omr.run import Run
+    from omr.samples import SampleFile
     from omr.server import SpecCounts
     from omr.solve.grade import Grader
 
@@ -119,8 +119,8 @@ class Eval(Job):
 
     def run(self, run: Run) -> float | None:
         from omr.job._outcome import conclude
-        from omr.job._samples import SAMPLES, TRANSCRIPTS
         from omr.job._solving import open_samples
+        from omr.samples import SAMPLES, TRANSCRIPTS
         from omr.solve.grade import Grader
 
         problems = run.cfg.benchmark.load()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from omr.errors import ConfigError
 from omr.job import Job
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class Train(Job):
     """Make or reuse the drafter. Returns the acceptance length predicted on held-out text, when it is known."""
+
+    trains: ClassVar[bool] = True
 
     def preflight(self, cfg: Config) -> None:
         if not cfg.drafter.trained:

@@ -28,8 +28,9 @@ from torch import Tensor
 from omr.nn.redrafter import Redrafter
 
 TOP_K = 5
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
-"""Logits held at once, per device type: 2 MiB (the CPU's cache) and 512 MiB."""
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
+"""Logits held at once, per device type: 2 MiB (the CPU's cache), and on CUDA 1 GiB with as much again in bfloat16; a
+smaller chunk there spends its time on adding up the matrix's gradient."""
 
 
 def target_mask(is_target: Tensor, lengths: Tensor, predict_n: int, *, contiguous: bool = True) -> Tensor:
@@ -181,7 +182,7 @@ def linear_cross_entropy(
     `teacher` = (base hidden (N, H), base matrix (D, H), share a): the target becomes (1 - a) one-hot + a softmax(base).
     """
     if chunk is None:
-        chunk = max(16, CHUNK_ELEMENTS.get(z.device.type, 2**27) // len(matrix))
+        chunk = max(16, CHUNK_ELEMENTS.get(z.device.type, 2**28) // len(matrix))
     total, losses, ranks = _LinearCrossEntropy.apply(z, matrix, words, weights, want_ranks, teacher, dtype, chunk)
     return total, losses, ranks
 
@@ -201,34 +202,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(z), chunk):
             rows = slice(start, start + chunk)
             zc, word, weight = z[rows].to(dtype), words[rows, None], weights[rows, None]
-            logits = (zc @ cast_matrix.T).float()
-            at_target = logits.gather(1, word)
+            logits = zc @ cast_matrix.T
             if want_ranks:
+                at_target = logits.gather(1, word)
                 better = logits > at_target
                 better |= (logits == at_target) & (column < word)
                 ranks[rows] = better.sum(-1)
-            lse = logits.logsumexp(-1, keepdim=True)
-            losses[rows] = (lse - at_target)[:, 0]
+            log_q = torch.log_softmax(logits, -1, dtype=torch.float32)
+            losses[rows] = -log_q.gather(1, word)[:, 0]
             if teacher is None:
                 total += (losses[rows] * weights[rows]).sum()
             else:
                 hidden, base, share = teacher
-                p = torch.softmax((hidden[rows].to(base.dtype) @ base.T).float(), -1)
-                soft = lse[:, 0] - (p * logits).sum(-1)
+                p = torch.softmax(hidden[rows].to(base.dtype) @ base.T, -1, dtype=torch.float32)
+                soft = -(p * log_q).sum(-1)
                 total += (((1 - share) * losses[rows] + share * soft) * weights[rows]).sum()
             if not (need_z or need_m):
                 continue
-            grad = logits.sub_(lse).exp_()  # softmax, in the logits' own memory
-            one_hot = torch.full_like(at_target, -1.0)
+            grad = log_q.exp_()  # of the logits, without the row's weight, which is cheaper on the thin side below
+            one_hot = torch.full_like(weight, -1.0)
             if teacher is not None:
                 grad.sub_(p, alpha=share)
                 one_hot *= 1 - share
             grad.scatter_add_(1, word, one_hot)
-            grad = grad.mul_(weight).to(dtype)
+            if dtype != torch.float32:
+                grad = logits.copy_(grad)
             if need_z:
-                grad_z[rows] = grad @ cast_matrix
+                grad_z[rows] = (grad @ cast_matrix) * weight
             if need_m:
-                grad_m += grad.T @ zc
+                grad_m += grad.T @ (zc * weight).to(dtype)
         ctx.save_for_backward(grad_z, None if grad_m is None else grad_m.to(matrix.dtype))
         ctx.mark_non_differentiable(losses, ranks)
         return total, losses, ranks

@@ -13,9 +13,9 @@ import pytest
 
 from omr.errors import ChildError, ConfigError, Failure
 from omr.job._report import problem_scores
-from omr.job._samples import intact_rows
 from omr.job.eval import Eval
 from omr.run import Run
+from omr.samples import intact_rows
 from omr.stats import paired
 from omr.tracker import METRICS, RecordingTracker
 
@@ -146,7 +146,7 @@ class Killed(BaseException):
 def test_resume_neither_loses_nor_repeats_a_finished_generation(
     evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from omr.job import _samples
+    from omr import samples as _samples
 
     file, wanted = write_sums(tmp_path, 5), [f"benchmark.path={tmp_path / 'sums.jsonl'}", "sampling.seed=1"]
     assert file.exists()

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from omr.job._samples import intact_rows
 from omr.run import Run
+from omr.samples import intact_rows
 
 from .conftest import solve_sums, write_sums
 from .fake_server import Cut, serving

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from omr.job._samples import intact_rows
+from omr.samples import intact_rows
 
 from .conftest import solve_sums, write_sums
 from .fake_server import serving

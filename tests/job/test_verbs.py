@@ -12,8 +12,8 @@ import pytest
 from omr import pipeline
 from omr.cli import ask, regrade
 from omr.errors import ConfigError, Failure, InputError
-from omr.job._samples import intact_rows, write_rows
 from omr.run import Run
+from omr.samples import intact_rows, write_rows
 from omr.server import Endpoint
 
 from .conftest import solve_sums, write_sums

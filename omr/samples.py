@@ -1,4 +1,4 @@
-"""samples.jsonl: every finished generation, on disk before the next one starts.
+"""samples.jsonl: every finished generation, on disk before the next one starts. Of an evaluation, or of training text.
 
 One JSON object a line, appended and fsynced as a generation ends, so a kill at any moment costs what was in flight and
 nothing else. A later run of the same config opens the same folder and goes on: a torn last line, rows that the server
@@ -25,7 +25,7 @@ SAMPLES, TRANSCRIPTS, LOCK = "samples.jsonl", "transcript.jsonl", "lock"
 
 
 class SampleFile:
-    """The samples of one evaluation in `folder`. Hold it in a `with`; one process at a time has a folder."""
+    """Samples in `folder`. Hold it in a `with`; one process at a time has a folder."""
 
     def __init__(self, folder: Path, problems: Mapping[str, Problem], planned: int) -> None:
         """Open or create. `rows` holds what an earlier run finished. Raises BlockingIOError when another run has it."""
