@@ -66,7 +66,8 @@ class Native(Server):
             raise ConfigError(f"server.kv_cache_fraction must be in (0, 1), got {self.kv_cache_fraction}")
 
     def preflight(self, spec: ServeSpec) -> None:
-        _backend.require_choices(self, spec)
+        self.require_choices(spec.quant, spec.drafter.option_name)
+        spec.drafter.preflight()
         if spec.tp != 1:
             raise ConfigError(
                 f"server=native runs on one device; model.tp={spec.tp} needs server=vllm, sglang or trtllm"
