@@ -62,9 +62,10 @@ def main() -> None:
         tokenizer(render(tokenizer, prompt.messages(p)), add_special_tokens=False)["input_ids"] for p in problems
     ]
     model = load(args.model, device="cpu")
+    trained = json.loads((args.drafter / "config.json").read_text())["predict_n"]
     drafts = {
         "plain": None,
-        "redrafter": Redrafter(adaptive=False).load(args.drafter, model),
+        "redrafter": Redrafter(adaptive=False, predict_n=trained).load(args.drafter, model),
         "ngram": Ngram(adaptive=False).load(None, model),
         "ngram, adaptive": Ngram().load(None, model),
     }
