@@ -17,7 +17,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -52,6 +52,10 @@ class Chunk:
     """The stop string or stop token that ended it, where the server says so; it is not part of `text`."""
     time: float
     """time.perf_counter() when it arrived, seconds."""
+    tool_calls: Sequence[Any] = ()
+    """Pieces of tool calls (chat only), as the server sent them; see omr/solve/tool_calls.py."""
+    reasoning: str = ""
+    """Thinking that the server keeps apart from the text (chat only)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Stream(AsyncGenerator[Chunk, None]):
 
     async def asend(self, value: None) -> Chunk:
         chunk = await self._chunks.asend(value)
-        if self.first is None and (chunk.text or chunk.num_tokens):
+        if self.first is None and (chunk.text or chunk.num_tokens or chunk.tool_calls or chunk.reasoning):
             self.first = chunk.time
         return chunk
 
@@ -174,16 +178,23 @@ class Client:
 
     def stream_chat(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         sampling: Sampling,
         *,
         stop: Sequence[str] = (),
         max_tokens: int | None = None,
         seed: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str | None = None,
     ) -> Stream:
-        """The same through the server's own chat template."""
+        """The same through the server's own chat template. `tools` are function schemas, called one at a time."""
         body = self._body(sampling, stop, max_tokens, seed)
         body["messages"] = list(messages)
+        if tools:
+            body["tools"] = list(tools)
+            body["parallel_tool_calls"] = False
+            if tool_choice is not None:
+                body["tool_choice"] = tool_choice
         return self._open(_CHAT, body, chat=True)
 
     async def metrics(self) -> str:
@@ -286,24 +297,37 @@ async def _chunks(body: AsyncIterable[bytes], stream: Stream) -> AsyncGenerator[
                 total = int(usage.get("completion_tokens") or 0)
                 stream.num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
             for choice in event.get("choices") or ():
-                text = choice.get("text")
+                calls: Sequence[Any] = ()
+                text, thought = choice.get("text"), ""
                 if text is None:
-                    text = (choice.get("delta") or {}).get("content") or ""
+                    text, calls, thought = _delta(choice)
                 ids = choice.get("token_ids")
                 new = total - counted if total is not None else len(ids) if ids else 0
                 counted += new
-                texts += bool(text)
+                texts += bool(text or calls or thought)
                 reason = choice.get("finish_reason")
                 finished = finished or reason is not None
-                if text or new or reason is not None:
+                if text or new or reason is not None or calls or thought:
                     stop = choice.get("stop_reason")
                     stop = choice.get("matched_stop") if stop is None else stop
-                    yield Chunk(_sound(text), new, reason, stop, now)
+                    yield Chunk(_sound(text), new, reason, stop, now, calls, thought)
     if not finished:
         raise StreamDropped("the server ended the stream without a finish reason")
     rest = (texts if counted == 0 else counted) - counted if total is None else total - counted
     if rest:
         yield Chunk("", rest, None, None, time.perf_counter())
+
+
+def _delta(choice: Mapping[str, Any]) -> tuple[str, Sequence[Any], str]:
+    """(text, pieces of tool calls, thinking) of a chat event's choice."""
+    delta = choice.get("delta") or {}
+    calls = delta.get("tool_calls")
+    thought = delta.get("reasoning_content") or delta.get("reasoning")
+    return (
+        delta.get("content") or "",
+        calls if isinstance(calls, list) else (),
+        thought if isinstance(thought, str) else "",
+    )
 
 
 class _Events:

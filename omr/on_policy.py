@@ -31,9 +31,10 @@ from omr.records import SUFFIXES
 from omr.samples import SAMPLES, TRANSCRIPTS, SampleFile, intact_rows
 from omr.sandbox import SandboxClient
 from omr.server import Endpoint
+from omr.solve.limits import Limits
 from omr.solve.prompt import CodeTags, prompt_named, render, tags_named
 from omr.solve.solver import Solver, Task
-from omr.solve.transcript import Limits, Transcript
+from omr.solve.transcript import Transcript
 from omr.solve.vote import Ballot, StopPolicy, TimeBank
 from omr.text import Span, TextRow
 

@@ -121,6 +121,7 @@ def _local_files(cfg: Config) -> dict[str, str]:
         "model": source.local_folder(cfg.model) if cfg.server.needs_weights else None,
         "text": Path(text).expanduser() if text else None,
         "benchmark": cfg.benchmark.local_file(),
+        **cfg.job.local_files(),
     }
     found = {}
     for name, place in places.items():

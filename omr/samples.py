@@ -13,13 +13,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from omr.benchmark import Problem
-from omr.errors import InputError
+from omr.errors import Failure, InputError
 
 SAMPLES, TRANSCRIPTS, LOCK = "samples.jsonl", "transcript.jsonl", "lock"
 
@@ -61,12 +62,24 @@ class SampleFile:
 
     def append(self, row: dict[str, Any], events: list[dict[str, Any]]) -> None:
         """Record a finished generation; on return it survives a kill and a loss of power."""
-        self._transcripts.write(_line({"id": row["id"], "sample": row["sample"], "events": events}))
+        self._transcripts.write(jsonl_line({"id": row["id"], "sample": row["sample"], "events": events}))
         self._transcripts.flush()
-        self._samples.write(_line(row))
+        self._samples.write(jsonl_line(row))
         self._samples.flush()
         os.fsync(self._samples.fileno())
         self.rows.append(row)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """`folder`, created, for this process alone. Raises Failure while another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure("another run of the same config is going on; wait for it or stop it") from None
+        yield
 
 
 def intact_rows(file: Path, *, strict: bool = False) -> list[dict[str, Any]]:
@@ -96,11 +109,11 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     partial = file.with_name(file.name + ".partial")
     with partial.open("wb") as out:
         for row in rows:
-            out.write(_line(row))
+            out.write(jsonl_line(row))
         out.flush()
         os.fsync(out.fileno())
     os.replace(partial, file)
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def jsonl_line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"

@@ -200,6 +200,26 @@ def test_chat_deltas() -> None:
     assert replies.body["messages"] == [{"role": "user", "content": "hi"}]
 
 
+def test_tool_calls_and_thinking_come_beside_the_text() -> None:
+    tool = {"type": "function", "function": {"name": "python", "parameters": {}}}
+    call = {"index": 0, "id": "c", "function": {"name": "python", "arguments": "{}"}}
+
+    def delta(reason: str | None = None, **message: Any) -> dict[str, Any]:
+        return {"choices": [{"index": 0, "delta": message, "finish_reason": reason}]}
+
+    events = [delta(reasoning_content="hm"), delta(reasoning="so"), delta(tool_calls=[call]), delta("tool_calls")]
+    replies = Replies(ok(*sse(*events)))
+    chunks, stream = run(replies, chat=True, tools=[tool], tool_choice="none")
+    assert [c.reasoning for c in chunks][:2] == ["hm", "so"]
+    assert [c.tool_calls for c in chunks if c.tool_calls] == [[call]]
+    assert chunks[3].finish_reason == "tool_calls" and sum(c.num_tokens for c in chunks) == 3
+    assert stream.first == chunks[0].time
+    assert replies.body["tools"] == [tool] and replies.body["tool_choice"] == "none"
+    assert replies.body["parallel_tool_calls"] is False
+    junk = Replies(ok(*sse(delta(tool_calls="none", reasoning=7, content="x"), delta("stop"))))
+    assert [c.text for c in run(junk, chat=True)[0] if c.text] == ["x"] and "tools" not in junk.body
+
+
 def test_read_gives_one_value() -> None:
     async def main() -> Completion:
         async with client(Replies(ok(*sse(*COUNTED["continuous usage"][0])))) as one:

@@ -45,12 +45,14 @@ def main(argv: list[str]) -> int:
             f"generation {row['sample']}: {row['predicted_answer'] or 'no answer'} "
             f"({row['num_generated_tokens']} tokens, {row['code_rounds_executed']} executions, {row['finish_reason']})"
         )
-    if record.vote.answer is None:
+    if record.answer is None:
         raise Failure(
             f"none of {len(record.rows)} generations gave an answer; transcript: {folder / 'transcript.jsonl'}"
         )
     print(f"{vote_label([record])}: {record.vote.votes:g} of {record.vote.total:g} votes")
-    print(record.vote.answer)
+    if record.selected and record.selected.how == "selected":
+        print(f"genselect: {record.selected.picks} of {record.selected.comparisons} comparisons")
+    print(record.answer)
     return 0
 
 

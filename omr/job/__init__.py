@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -32,7 +33,14 @@ class Job:
         return self.serves
 
     def preflight(self, cfg: Config) -> None:
-        """Refuse, before anything is allocated, what this job cannot do with the rest of `cfg`. Raises ConfigError."""
+        """Refuse, before anything is allocated, what this job cannot do with the rest of `cfg`.
+
+        Raises ConfigError or InputError.
+        """
+
+    def local_files(self) -> dict[str, Path]:
+        """Files that the job reads: an edited one is another experiment."""
+        return {}
 
     def run(self, run: Run) -> float | None:
         raise TypeError(f"{type(self).__name__} does nothing")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omr.errors import InputError
+from omr.job._opinions import opinion_lines
 from omr.job._score import Record
 from omr.solve.vote import TIE_RULE
 from omr.stats import Z95
@@ -34,6 +35,9 @@ COLUMNS = (
     "seconds",
     "start_time",
     "end_time",
+    "selected_answer",
+    "selected_right",
+    "picks",
 )
 
 
@@ -63,6 +67,9 @@ def write_problems(records: Sequence[Record], file: Path) -> None:
                     round(sum(row["generation_time"] for row in r.rows), 3),
                     r.start_time,
                     r.end_time,
+                    r.selected.answer if r.selected else "",
+                    "" if r.selected_right is None else int(r.selected_right),
+                    f"{r.selected.picks}/{r.selected.comparisons}" if r.selected else "",
                 ]
             )
 
@@ -77,12 +84,15 @@ def read_problems(folder: Path) -> list[dict[str, str]]:
 
 
 def problem_scores(folder: Path) -> dict[str, tuple[float, bool]]:
-    """Problem id -> (mean correctness, vote is right) of a finished evaluation, for `stats.paired`.
+    """Problem id -> (mean correctness, final answer is right) of a finished evaluation, for `stats.paired`.
 
     Problems without an expected answer are left out. Raises InputError.
     """
     return {
-        row["id"]: (int(row["right"]) / max(1, int(row["generations"])), row["vote_right"] == "1")
+        row["id"]: (
+            int(row["right"]) / max(1, int(row["generations"])),
+            (row.get("selected_right") or row["vote_right"]) == "1",
+        )
         for row in read_problems(folder)
         if row["right"]
     }
@@ -121,12 +131,13 @@ def write_report(metrics: Mapping[str, float], about: Mapping[str, Any], records
         if name.split("/")[0] in ("latency", "throughput", "accept", "tool")
     ]
     lines += ["", "## How problems ended", "", *_endings(metrics, records)]
-    wrong = [r for r in records if r.vote_right is False]
+    lines += opinion_lines(metrics)
+    wrong = [r for r in records if r.answer_right is False]
     if wrong:
-        lines += ["", f"## Wrong votes ({len(wrong)})", "", "| problem | expected | voted | right | votes |"]
+        lines += ["", f"## Wrong answers ({len(wrong)})", "", "| problem | expected | answer | right | votes |"]
         lines += ["| --- | --- | --- | ---: | ---: |"]
         lines += [
-            f"| {r.id} | {_cell(r.expected_answer)} | {_cell(r.vote.answer)} | {r.right}/{len(r.rows)} "
+            f"| {r.id} | {_cell(r.expected_answer)} | {_cell(r.answer)} | {r.right}/{len(r.rows)} "
             f"| {r.vote.votes:g}:{r.vote.runner_up:g} |"
             for r in wrong[:50]
         ]
@@ -153,6 +164,11 @@ def _accuracy(metrics: Mapping[str, float], records: Sequence[Record]) -> list[s
         f"| vote ({vote_label(records)}) | {points('accuracy/maj')} | [{points('accuracy/maj_low')}, "
         f"{points('accuracy/maj_high')}] |"
     )
+    if "accuracy/select" in metrics:
+        lines.append(
+            f"| selected (GenSelect) | {points('accuracy/select')} | [{points('accuracy/select_low')}, "
+            f"{points('accuracy/select_high')}] |"
+        )
     for kind in ("pass", "maj"):
         prefix = f"accuracy/{kind}_at_"
         ks = sorted(int(name.removeprefix(prefix)) for name in metrics if name.removeprefix(prefix).isdigit())

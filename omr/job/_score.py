@@ -16,8 +16,11 @@ from statistics import fmean
 from typing import Any
 
 from omr import stats
+from omr.job._opinions import second_opinions
 from omr.server import SpecCounts
 from omr.solve.answer import vote_key
+from omr.solve.select import Selected
+from omr.solve.select import settle as settle_selection
 from omr.solve.vote import Ballot, Result, Weight, majority
 
 Row = dict[str, Any]
@@ -31,9 +34,15 @@ class Record:
     id: str
     expected_answer: str | None
     rows: list[Row] = field(default_factory=list)
+    picks: list[Row] | None = None
+    """Rows of selections.jsonl; None when the vote alone answers."""
+    judgements: list[Row] = field(default_factory=list)
+    """Rows of judgements.jsonl."""
     vote: Result = field(default_factory=lambda: majority([]))
     vote_right: bool | None = None
     """None when the benchmark has no answer."""
+    selected: Selected | None = None
+    selected_right: bool | None = None
     stopped: str | None = None
     cancelled: int = 0
     not_started: int = 0
@@ -45,26 +54,43 @@ class Record:
 
     @property
     def right(self) -> int:
-        return sum(bool(row.get("symbolic_correct")) for row in self.rows)
+        return sum(is_right(row) for row in self.rows)
 
     @property
     def score(self) -> float:
         """Mean correctness; a problem without a generation is wrong."""
         return self.right / len(self.rows) if self.rows else 0.0
 
+    @property
+    def answer(self) -> str | None:
+        """The problem's final answer: selected where there was a selection, else voted."""
+        return self.selected.answer if self.selected else self.vote.answer
+
+    @property
+    def answer_right(self) -> bool | None:
+        return self.selected_right if self.selected else self.vote_right
+
     def cast_vote(self, by: Weight) -> None:
-        """Vote over the rows; the winner is right if the generations that gave it are."""
+        """Vote over the rows, and count what comparisons chose; a winner is right if generations that gave it are."""
         ballots = [ballot_of(row) for row in self.rows]
         self.vote = majority(ballots, by)
+        self.vote_right = self._is_right(self.vote.answer)
+        if self.picks is not None:
+            chosen = [row["chosen"] for row in self.picks if row.get("chosen") is not None]
+            self.selected = settle_selection(ballots, chosen, by)
+            self.selected_right = self._is_right(self.selected.answer)
+
+    def _is_right(self, answer: str | None) -> bool | None:
         if self.expected_answer is None:
-            self.vote_right = None
-            return
-        key = None if self.vote.answer is None else vote_key(self.vote.answer)
-        self.vote_right = any(
-            bool(row.get("symbolic_correct"))
-            for row, ballot in zip(self.rows, ballots, strict=True)
-            if _key(ballot) == key
-        )
+            return None
+        key = None if answer is None else vote_key(answer)
+        return any(is_right(row) for row in self.rows if _key(ballot_of(row)) == key)
+
+
+def is_right(row: Mapping[str, Any]) -> bool:
+    """Whether a graded generation counts as right: by the judge where it has spoken, else by the symbolic grader."""
+    judged = row.get("judge_correct")
+    return bool(row.get("symbolic_correct") if judged is None else judged)
 
 
 def ballot_of(row: Mapping[str, Any]) -> Ballot:
@@ -91,8 +117,8 @@ def score(records: Sequence[Record], counts: SpecCounts | None = None, *, num_gp
     graded = [record for record in records if record.expected_answer is not None]
     if graded:
         metrics |= accuracy(graded)
-        if wall > 0:
-            metrics["throughput/solved_per_hour"] = 3600 * sum(bool(r.vote_right) for r in graded) / wall
+        if (whole := busy_seconds(records, selecting=True)) > 0:
+            metrics["throughput/solved_per_hour"] = 3600 * sum(bool(r.answer_right) for r in graded) / whole
             if num_gpus:
                 metrics["throughput/solved_per_gpu_hour"] = metrics["throughput/solved_per_hour"] / num_gpus
     if rows:
@@ -102,7 +128,7 @@ def score(records: Sequence[Record], counts: SpecCounts | None = None, *, num_gp
     metrics["early_stop/saved_tok"] = sum(r.saved_tok for r in records)
     if counts is not None:
         metrics |= acceptance(counts)
-    return metrics
+    return metrics | second_opinions(records)
 
 
 def accuracy(graded: Sequence[Record]) -> dict[str, float]:
@@ -129,9 +155,7 @@ def accuracy(graded: Sequence[Record]) -> dict[str, float]:
     for k in sizes(min(len(record.rows) for record in graded)):
         metrics[f"accuracy/pass_at_{k}"] = fmean(stats.pass_at_k(len(r.rows), r.right, k) for r in graded)
         metrics[f"accuracy/maj_at_{k}"] = fmean(
-            stats.maj_at_k(
-                [_key(ballot_of(row)) for row in r.rows], [bool(row.get("symbolic_correct")) for row in r.rows], k
-            )
+            stats.maj_at_k([_key(ballot_of(row)) for row in r.rows], [is_right(row) for row in r.rows], k)
             for r in graded
         )
     return metrics
@@ -178,13 +202,17 @@ def speed(rows: Sequence[Row], cancelled_tok: int, wall: float) -> dict[str, flo
     return metrics
 
 
-def busy_seconds(records: Sequence[Record]) -> float:
+def busy_seconds(records: Sequence[Record], *, selecting: bool = False) -> float:
     """Seconds during which at least one problem was worked on: wall time without the gap before a resume.
 
     A problem's own span counts beside those of its rows: generations that were cut off leave no row, only time spent.
+    `selecting` counts the comparisons of solutions too.
     """
     spans = [(record.start_time, record.end_time) for record in records]
     spans += [(row["generation_start_time"], row["generation_end_time"]) for r in records for row in r.rows]
+    if selecting:
+        picks = [row for record in records for row in record.picks or ()]
+        spans += [(row["generation_start_time"], row["generation_end_time"]) for row in picks]
     busy, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         busy += max(0.0, end - max(start, until))

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +18,8 @@ from omr.config import Config
 from omr.errors import ChildError, Failure, RequestError
 from omr.interrupt import run_async
 from omr.job._score import Record, ballot_of
-from omr.job.eval import Eval
+from omr.job._second import Opinions
+from omr.job.eval import Api, Eval
 from omr.process import is_alive, log_tail
 from omr.run import Run
 from omr.samples import SampleFile
@@ -25,9 +27,11 @@ from omr.sandbox import SandboxClient
 from omr.server import Endpoint, SpecCounts
 from omr.solve.answer import settle
 from omr.solve.grade import Grader
-from omr.solve.prompt import prompt_named, render, tags_named
+from omr.solve.limits import Limits
+from omr.solve.prompt import Message, prompt_named, render, tags_named
 from omr.solve.solver import Solved, Solver, Task
-from omr.solve.transcript import Limits, Transcript
+from omr.solve.tool_calls import PYTHON_TOOL
+from omr.solve.transcript import Transcript
 from omr.solve.vote import Ballot, StopPolicy, TimeBank
 
 
@@ -60,17 +64,23 @@ class Solving:
         self._job, self._cfg, self._samples, self._grader, self._policy = job, cfg, samples, grader, policy
         self._problems = {p.id: p for p in problems}
         self._done: dict[str, list[Ballot]] = {p.id: [] for p in problems}
+        self._rows: dict[str, list[dict[str, Any]]] = {p.id: [] for p in problems}
         self._right = self._graded = 0
         for row in samples.rows:
             self._done[row["id"]].append(ballot_of(row))
+            self._rows[row["id"]].append(row)
             known = settle(row["predicted_answer"], row["expected_answer"]) if "expected_answer" in row else None
             self._graded += known is not None
             self._right += bool(known)
         self._solved: dict[str, Solved] = {}
-        self.todo = [p for p in problems if self._is_open(self._done[p.id])]
-        """Problems with generations still to be made."""
+        self._opinions = Opinions(job, cfg, samples.folder, grader)
+        self.todo = [
+            p for p in problems if self._is_open(self._done[p.id]) or self._opinions.lacks(p, self._rows[p.id])
+        ]
+        """Problems with generations, comparisons or judgements still to be made."""
         self._tasks: list[Task] = []
         self._count: Any = None
+        self._lay_out: Callable[[Sequence[Message]], str] | None = None
         self._grading: set[asyncio.Task[None]] = set()
         self._bar: Any = None
         self._tools = job.uses_tools
@@ -85,51 +95,67 @@ class Solving:
         return sandbox if self._tools else None
 
     def lay_out(self, tokenizer: Any) -> None:
-        """Turn the open problems into prompts."""
+        """Turn the open problems into prompts, or into messages for the server's chat API."""
         job, model = self._job, self._cfg.model
         prompt = prompt_named(model.prompt)
+        examples = job.few_shot.load()
+        chat = job.api is Api.chat
+        tools = [PYTHON_TOOL] if chat and self._tools else ()
 
         def count(text: str) -> int:
             return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         self._count = count
+        self._lay_out = None if chat else lambda messages: render(tokenizer, messages)
         for problem in self.todo:
             messages = prompt.messages(
                 problem.text,
                 total_code_executions=job.max_code_executions,
+                examples=[example for example in examples if example[0].strip() != problem.text.strip()],
                 suffix=job.prompt_suffix,
                 system=job.system_message,
             )
-            text = render(tokenizer, messages)
+            text = render(tokenizer, messages, tools)
             self._tasks.append(
-                Task(id=problem.id, prompt=text, prompt_tokens=count(text), done=tuple(self._done[problem.id]))
+                Task(
+                    id=problem.id,
+                    prompt="" if chat else text,
+                    messages=messages if chat else (),
+                    prompt_tokens=count(text),
+                    done=tuple(self._done[problem.id]),
+                )
             )
 
-    def to_the_end(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
-        """Solve all open problems. Returns the server's speculation counters over that time.
+    def to_the_end(
+        self, live: Endpoint, sandbox: SandboxClient | None, judge: Endpoint | None = None
+    ) -> SpecCounts | None:
+        """Solve all open problems; `judge` judges, or the server itself. Returns its speculation counters of that time.
 
-        Raises ChildError when the server died, Failure when it fails every request. What it failed is asked for again
-        when the same command is run again.
+        Raises ChildError when the server died, Failure when it or the judge fails every request. What was failed is
+        asked for again when the same command is run again.
         """
         before = len(self._samples.rows)
         try:
-            counts = run_async(lambda: self._all(live, sandbox))
+            counts = run_async(lambda: self._all(live, sandbox, judge))
         except Failure as error:
-            _check_alive(live, error)
+            check_alive(live, error)
             raise
         made = self._samples.rows[before:]
         failed = [row["error"] for row in made if "error" in row]
         if failed:
-            _check_alive(live)
+            check_alive(live)
         if failed and len(failed) == len(made):
             raise Failure(f"the server failed all {len(made)} generations; the last with: {failed[-1]}")
         return counts
 
-    async def _all(self, live: Endpoint, sandbox: SandboxClient | None) -> SpecCounts | None:
+    async def _all(self, live: Endpoint, sandbox: SandboxClient | None, judge: Endpoint | None) -> SpecCounts | None:
         job, cfg = self._job, self._cfg
         deadline_at = None if job.deadline_s is None else time.monotonic() + job.deadline_s
         places = asyncio.Semaphore(job.max_concurrent_problems)
-        async with Client(live) as client:
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(Client(live))
+            judging = client if judge is None else await stack.enter_async_context(Client(judge))
+            self._opinions.begin(client, judging, lay_out=self._lay_out, count=self._count, deadline_at=deadline_at)
             solver = Solver(
                 client=client,
                 sandbox=sandbox,
@@ -168,14 +194,19 @@ class Solving:
         return after - before
 
     async def _one(self, solver: Solver, task: Task, places: asyncio.Semaphore) -> None:
+        problem, rows = self._problems[task.id], self._rows[task.id]
+        was_open = self._is_open(task.done)
         async with places:
             solved = await solver.solve(task)
-        self._solved[task.id] = solved
-        self._bar.update(solved.cancelled + solved.not_started)
+            self._solved[task.id] = solved
+            if was_open:
+                self._bar.update(solved.cancelled + solved.not_started)
+            await self._opinions.select(problem, rows)
+        await self._opinions.judge(problem, rows)
 
     def _progress(self) -> Any:
         planned, made = self._policy.planned, sum(len(done) for done in self._done.values())
-        total = planned * len(self.todo) + sum(len(d) for i, d in self._done.items() if not self._is_open(d))
+        total = sum(planned if self._is_open(done) else len(done) for done in self._done.values())
         self._bar = tqdm(
             total=total,
             initial=made,
@@ -195,6 +226,7 @@ class Solving:
             row["expected_answer"] = problem.expected_answer
         row |= transcript.row()
         self._samples.append(row, transcript.events)
+        self._rows[problem_id].append(row)
         self._bar.update()
         if problem.expected_answer is not None:
             grading = asyncio.get_running_loop().create_task(self._grade(transcript.answer, problem.expected_answer))
@@ -210,14 +242,17 @@ class Solving:
 
     def records(self) -> list[Record]:
         """Every problem with its rows, in the order of the benchmark; samples in order of their index."""
-        rows: dict[str, list[dict[str, Any]]] = {i: [] for i in self._problems}
-        for row in self._samples.rows:
-            rows[row["id"]].append(row)
-        return [self._record(problem, rows[problem.id]) for problem in self._problems.values()]
+        return [self._record(problem, self._rows[problem.id]) for problem in self._problems.values()]
 
     def _record(self, problem: Problem, rows: list[dict[str, Any]]) -> Record:
         rows.sort(key=lambda row: row["sample"])
-        record = Record(id=problem.id, expected_answer=problem.expected_answer, rows=rows)
+        record = Record(
+            id=problem.id,
+            expected_answer=problem.expected_answer,
+            rows=rows,
+            picks=self._opinions.picks(problem, rows),
+            judgements=self._opinions.judgements(problem),
+        )
         solved = self._solved.get(problem.id)
         if solved is None:
             record.stopped = self._policy.reason([ballot_of(row) for row in rows])
@@ -236,7 +271,7 @@ async def _counts(client: Client) -> SpecCounts | None:
         return None  # a server without a metrics page has no acceptance to report
 
 
-def _check_alive(live: Endpoint, cause: Failure | None = None) -> None:
+def check_alive(live: Endpoint, cause: Failure | None = None) -> None:
     """Raise ChildError when a server of ours is gone: what was asked of it since then says nothing about the model."""
     if live.pid is not None and not is_alive(live.pid):
         tail = log_tail(live.log) if live.log else ""

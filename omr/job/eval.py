@@ -4,6 +4,7 @@
     sandbox.launch    --> where model-written code runs  > Solver: N generations a problem, stopped early by policy
     benchmark.load    --> problems                     /
         every finished generation --> samples.jsonl, fsynced
+        a problem's generations   --> comparisons among them (select), judgements on them (judge), both fsynced
         all of them --> grades --> votes --> metrics.json, report.md, problems.csv
 
 The samples of an unfinished run lie in a folder named by the run's fingerprint. The same command after a kill finds it
@@ -19,17 +20,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from omr.errors import ConfigError
 from omr.job import Job
+from omr.job._examples import FewShot
+from omr.job._judging import JUDGEMENTS, Judge
 from omr.job._report import METRICS, PROBLEMS, REPORT
+from omr.job._selecting import SELECTIONS, Select
 from omr.option import option
 from omr.solve.vote import StopPolicy, Weight
 
 if TYPE_CHECKING:
     from omr.benchmark import Problem
+    from omr.config import Config
     from omr.job._score import Record
     from omr.run import Run
     from omr.samples import SampleFile
@@ -37,6 +43,13 @@ if TYPE_CHECKING:
     from omr.solve.grade import Grader
 
 T = TypeVar("T")
+
+
+class Api(Enum):
+    completions = "completions"
+    """Prompts are laid out here, in the model's own chat template; code is marked by model.code_tags."""
+    chat = "chat"
+    """The server lays out the turns; code comes as OpenAI-style calls of a tool named `python`."""
 
 
 @option("job", "eval")
@@ -68,6 +81,8 @@ class Eval(Job):
     """Seconds for the whole benchmark; problems not begun by then stay unanswered."""
     generation_timeout_s: float | None = None
     """Seconds for one generation, tool time included."""
+    api: Api = Api.completions
+    """How the model is spoken to."""
     tools: bool = True
     """Run the code that the model writes; false is plain reasoning."""
     max_code_executions: int = 8
@@ -80,6 +95,12 @@ class Eval(Job):
     """Appended to every user turn."""
     system_message: str | None = None
     """Replaces the prompt's own system turn."""
+    few_shot: FewShot = field(default_factory=FewShot)
+    """Solved problems shown first."""
+    select: Select = field(default_factory=Select)
+    """How the answer is taken from the generations."""
+    judge: Judge = field(default_factory=Judge)
+    """A model's verdict beside the symbolic grader's."""
     max_concurrent_generations: int = 16
     """In flight at a time, over all problems."""
     max_concurrent_problems: int = 16
@@ -103,6 +124,28 @@ class Eval(Job):
         if self.max_code_executions < 0:
             raise ConfigError(f"job.max_code_executions must be >= 0, got {self.max_code_executions}")
 
+    def preflight(self, cfg: Config) -> None:
+        from omr.solve.prompt import prompt_named
+
+        if self.few_shot.load() and not prompt_named(cfg.model.prompt).takes_examples:
+            raise ConfigError(
+                f"model.prompt={cfg.model.prompt} has no place for job.few_shot; use generic/math or plain, or set "
+                "job.few_shot.source=null"
+            )
+        asked = [("select", self.select.max_tokens, self.select.on)]
+        asked.append(("judge", self.judge.max_tokens, self.judge.on and self.judge.url is None))
+        for name, max_tokens, on in asked:
+            if on and max_tokens >= cfg.model.context_tokens:
+                raise ConfigError(
+                    f"job.{name}.max_tokens={max_tokens} leaves no room for a prompt in "
+                    f"model.context_tokens={cfg.model.context_tokens}; lower the first or raise the second"
+                )
+        self.judge.preflight()
+
+    def local_files(self) -> dict[str, Path]:
+        examples = self.few_shot.file()
+        return {"examples": examples} if examples else {}
+
     def policy(self, planned: int) -> StopPolicy:
         return StopPolicy(
             planned=planned,
@@ -116,6 +159,16 @@ class Eval(Job):
     @property
     def uses_tools(self) -> bool:
         return self.tools and self.max_code_executions > 0
+
+    def second_opinions(self, served: str) -> dict[str, str]:
+        """Selection and judge, for the report; `served` is the model of the run."""
+        select, judge = self.select, self.judge
+        told = {}
+        if select.on:
+            told["selection"] = f"genselect, {select.comparisons} comparisons of up to {select.candidates} solutions"
+        if judge.on:
+            told["judge"] = f"{judge.when.name}, {judge.url or served}"
+        return told
 
     def run(self, run: Run) -> float | None:
         from omr.job._outcome import conclude
@@ -134,11 +187,14 @@ class Eval(Job):
             with run.stage("grade"):
                 metrics = conclude(run.folder, about(run, planned), records, grader, self.vote, counts)
             if samples.folder != run.folder:
-                shutil.copyfile(samples.folder / TRANSCRIPTS, run.folder / TRANSCRIPTS)
+                for name in (TRANSCRIPTS, SELECTIONS, JUDGEMENTS):
+                    if (samples.folder / name).exists():
+                        shutil.copyfile(samples.folder / name, run.folder / name)
                 shutil.rmtree(samples.folder)
         run.log(metrics)
-        for name in (SAMPLES, TRANSCRIPTS, METRICS, REPORT, PROBLEMS):
-            run.tracker.artifact(run.folder / name)
+        for name in (SAMPLES, TRANSCRIPTS, SELECTIONS, JUDGEMENTS, METRICS, REPORT, PROBLEMS):
+            if (run.folder / name).exists():
+                run.tracker.artifact(run.folder / name)
         return metrics.get("accuracy/pass_at_1")
 
     def solve(
@@ -160,6 +216,7 @@ class Eval(Job):
         solving = Solving(self, run.cfg, problems, samples, grader, self.policy(self.planned(run)), watch)
         if not solving.todo:
             return solving.records(), None
+        judge = self.judge.endpoint()
         with ExitStack() as stack:
             reading = stack.enter_context(meanwhile(load_tokenizer(tokenizer_folder(run))))
             launch = run.cfg.sandbox.launch(run.folder / "logs") if self.uses_tools else nullcontext()
@@ -169,7 +226,7 @@ class Eval(Job):
             run.tracker.tags({"sandbox.tier": sandbox.tier if sandbox else "none"})
             solving.lay_out(reading.result())
             with run.stage("generate"), harness_cost(live.pid) as cost:
-                counts = solving.to_the_end(live, sandbox)
+                counts = solving.to_the_end(live, sandbox, judge)
             run.log(cost)
         return solving.records(), counts
 
@@ -239,8 +296,11 @@ def about(run: Run, planned: int) -> dict[str, Any]:
         f"max_tokens {cfg.sampling.max_tokens}, seed {cfg.sampling.seed}",
         "generations per problem": planned,
         "tools": f"up to {job.max_code_executions} executions" if job.uses_tools else "off",
+        "api": job.api.name,
+        **({"few-shot": f"{job.few_shot.count} of {job.few_shot.source}"} if job.few_shot.source else {}),
         "stop policy": ", ".join(part for part in policy if part) or "none",
         "vote weight": job.vote.name,
+        **job.second_opinions(cfg.model.name),
         "run": run.tracker.run_id,
         "fingerprint": run.fingerprint,
     }

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from omr.engine.request import Request as EngineRequest
 from omr.errors import InputError
-from omr.server import SpecCounts, _body
+from omr.server import SpecCounts, _body, _tools
 from omr.server._answer import Answer, ChatAnswer, Choice, CompletionAnswer
 from omr.server._body import BadRequest, Generation
 from omr.server._engine_thread import EngineThread
@@ -29,6 +29,7 @@ from omr.server._metrics import Clock, Metrics
 from omr.server._prometheus import CONTENT_TYPE
 from omr.server._reply import Generating, Reply, dead, error_response
 from omr.server._text import Vocabulary
+from omr.server._tool_answer import ToolAnswer
 
 MAX_BODY_BYTES = 64 << 20
 
@@ -153,7 +154,7 @@ class Service:
         data = await _read(request)
         loaded = self._need()
         body = _body.chat(data, loaded.vocab_size)
-        return self._generate(loaded, body, ChatAnswer)
+        return self._generate(loaded, body, ToolAnswer if body.reads_calls else ChatAnswer)
 
     def _need(self) -> Loaded:
         if self._thread.error is not None:
@@ -251,10 +252,26 @@ def _apply_template(tokenizer: Any, body: Generation) -> str:
 
     if not getattr(tokenizer, "chat_template", None):
         raise BadRequest("this model has no chat template; use /v1/completions")
+    messages, options = body.messages, dict(body.template_options)
+    if _tools.template_knows_tools(tokenizer.chat_template):
+        messages = _tools.for_template(messages)
+        if body.tools:
+            options["tools"] = body.tools
+    elif body.tools:
+        parameter = _tools.source_parameter(body.tools)
+        if parameter is None:
+            raise BadRequest(
+                "this model's chat template knows no tools: it can be offered one function with one string parameter",
+                "tools",
+            )
+        messages, is_open = _tools.as_text(messages, parameter)
+        if is_open:
+            options |= {"continue_final_message": True, "add_generation_prompt": False}
     try:
-        return str(tokenizer.apply_chat_template(body.messages, tokenize=False, **body.template_options))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (TemplateError, TypeError, ValueError) as error:
         raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
+    return _body.encodable(text, "messages")
 
 
 async def _on_bad_request(request: Request, error: Exception) -> Response:

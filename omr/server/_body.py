@@ -2,8 +2,8 @@
 
 The dialect is vLLM's: OpenAI's fields plus top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids and the like;
 `speculate` is ours.
-Fields that nobody knows are passed over, as there. Known fields that this server cannot honour (suffix, logit_bias,
-tools, ...) are refused unless they carry their neutral value, because ignoring them would change what is asked for.
+Fields that nobody knows are passed over, as there. Known fields that this server cannot honour (suffix, logit_bias) are
+refused unless they carry their neutral value, because ignoring them would change what is asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 MAX_CHOICES = 1024
 """Most sequences that one request may start (prompts x n)."""
 MAX_LOGPROBS = 20
+CALL_END = "</tool_call>"
+"""Where a reply ends that may make one call only."""
 
 
 class BadRequest(Exception):
@@ -64,6 +66,10 @@ class Generation:
     """Whether encoding a text prompt adds what the tokenizer adds (a bos token)."""
     echo: bool = False
     messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Function schemas shown to the model."""
+    reads_calls: bool = False
+    """Whether its reply is searched for calls of them."""
     template_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -129,7 +135,7 @@ class _Fields:
         value = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
             raise self._wrong(key, "a non-empty string or a list of them")
-        return [_encodable(v, f"{self.where}{key}") for v in value]
+        return [encodable(v, f"{self.where}{key}") for v in value]
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         value = self.data.get(key)
@@ -157,7 +163,8 @@ def _checked_ids(ids: list[int], vocab_size: int, name: str) -> list[int]:
     return ids
 
 
-def _encodable(text: str, name: str) -> str:
+def encodable(text: str, name: str) -> str:
+    """`text`, which no tokenizer takes with a lone surrogate in it. Raises BadRequest."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -217,8 +224,13 @@ def chat(data: dict[str, Any], vocab_size: int) -> Generation:
     elif top:
         raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
     body.add_special = fields.flag("add_special_tokens", False)
-    fields.refuse("tools", [])
+    body.tools = tools(data.get("tools"))
     fields.refuse("tool_choice", "none", "auto")
+    body.reads_calls = bool(body.tools) and data.get("tool_choice") != "none"
+    if body.reads_calls:
+        body.skip_special = False  # the tags around a call may be special tokens
+        if not fields.flag("parallel_tool_calls", True) and CALL_END not in body.stop:
+            body.stop.append(CALL_END)
     fields.refuse("functions", [])
     fields.refuse("prompt_logprobs")
     body.template_options = {
@@ -277,10 +289,37 @@ def prompts(value: Any, vocab_size: int) -> list[str | list[int]]:
     if not isinstance(value, list) or not value:
         raise BadRequest("prompt must be a string, a list of token ids, or a non-empty list of either", "prompt")
     if all(isinstance(v, str) for v in value):
-        return [_encodable(v, "prompt") for v in value]
+        return [encodable(v, "prompt") for v in value]
     if all(_is_token_ids(v) and v for v in value):
         return [_checked_ids(v, vocab_size, "prompt") for v in value]
     raise BadRequest("prompt must hold strings only or non-empty lists of token ids only", "prompt")
+
+
+def tools(value: Any) -> list[dict[str, Any]]:
+    """The `tools` field: functions, each with a name."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise BadRequest("tools must be a list", "tools")
+    for i, tool in enumerate(value):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise BadRequest(f"tools[{i}] must be of type function, with a function that has a name", f"tools[{i}]")
+    return value
+
+
+def _calls(value: Any, name: str) -> list[dict[str, Any]]:
+    """The `tool_calls` of an assistant's message."""
+    named = isinstance(value, list) and all(
+        isinstance(call, dict)
+        and isinstance(call.get("function"), dict)
+        and isinstance(call["function"].get("name"), str)
+        for call in value
+    )
+    if not named:
+        raise BadRequest(f"{name} must be a list of calls, each with a function that has a name", name)
+    assert isinstance(value, list)
+    return value
 
 
 def messages(value: Any) -> list[dict[str, Any]]:
@@ -302,7 +341,9 @@ def messages(value: Any) -> list[dict[str, Any]]:
             content = ""
         if not isinstance(content, str):
             raise BadRequest(f"{name}.content must be a string or a list of text parts", f"{name}.content")
-        result.append({**message, "content": _encodable(content, f"{name}.content")})
+        if message.get("tool_calls"):
+            _calls(message["tool_calls"], f"{name}.tool_calls")
+        result.append({**message, "content": encodable(content, f"{name}.content")})
     return result
 
 

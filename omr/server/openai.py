@@ -68,11 +68,22 @@ class OpenAi(Server):
     @contextlib.contextmanager
     def launch(self, spec: ServeSpec, log_dir: Path) -> Iterator[Endpoint]:
         """Ask for the list of models once. Raises RequestError when it does not answer or has not the model."""
-        base_url, key, name = self.base_url(), self.api_key(), self.model or spec.model_name
+        yield self.reach(self.model or spec.model_name, "server.model")
+
+    def reach(self, name: str | None, setting: str) -> Endpoint:
+        """The endpoint's model `name`, the only one there for None; `setting` is the key that names it.
+
+        Raises RequestError when it does not answer, has not the model, or has several and none is named.
+        """
+        base_url, key = self.base_url(), self.api_key()
         known = _models(base_url, key, self.start_timeout_s)
+        if name is None:
+            if len(known) != 1:
+                raise RequestError(f"{base_url} lists {', '.join(known[:8]) or 'no model'}: set {setting}")
+            name = known[0]
         if known and name not in known:
-            raise RequestError(f"{base_url} has no model {name!r}; it has {', '.join(known[:8])}: set server.model")
-        yield Endpoint(base_url=base_url, model=name, server=self, api_key=key)
+            raise RequestError(f"{base_url} has no model {name!r}; it has {', '.join(known[:8])}: set {setting}")
+        return Endpoint(base_url=base_url, model=name, server=self, api_key=key)
 
     def request_body(self, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
         if self.dialect is Dialect.vllm:

@@ -5,21 +5,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from omr.sampling import Sampling
 
 if TYPE_CHECKING:
-    from omr.client import Chunk
+    from omr.client import Stream
 
 
 class Completer(Protocol):
-    """Closing the generator cancels the request on the server."""
+    """Closing a stream cancels the request on the server."""
 
     def stream_completion(
         self, prompt: str, sampling: Sampling, *, stop: list[str], max_tokens: int, seed: int
-    ) -> AsyncGenerator[Chunk, None]: ...
+    ) -> Stream: ...
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        seed: int,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str | None = None,
+    ) -> Stream: ...
 
 
 def round_seed(seed: int, round_index: int) -> int:

@@ -14,23 +14,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 from omr.errors import Failure
 from omr.sampling import Sampling
 from omr.sandbox import SandboxClient
 from omr.solve.completer import Completer
-from omr.solve.prompt import CodeTags
-from omr.solve.transcript import Limits, Transcript
+from omr.solve.limits import Limits
+from omr.solve.prompt import CodeTags, Message
+from omr.solve.tool_chat import ToolChat
+from omr.solve.transcript import Transcript
 from omr.solve.vote import Ballot, Result, StopPolicy, TimeBank, majority
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A problem as the solver needs it: its prompt laid out, and what an earlier run has finished of it."""
+    """A problem as the solver needs it: laid out as a prompt, or as messages for a server's chat API, and what an
+    earlier run has finished of it."""
 
     id: str
-    prompt: str
-    prompt_tokens: int
+    prompt: str = ""
+    messages: Sequence[Message] = ()
+    prompt_tokens: int = 0
     done: Sequence[Ballot] = ()
 
 
@@ -140,16 +145,7 @@ class Solver:
 
     async def _attempt(self, task: Task, sample: int, live: dict[int, Transcript]) -> Ballot:
         async with self._slots:
-            transcript = Transcript(
-                prompt=task.prompt,
-                prompt_tokens=task.prompt_tokens,
-                seed=self._sampling.seed + sample,
-                sampling=self._sampling,
-                limits=self._limits,
-                tags=self._tags,
-                count_tokens=self._count,
-                watch=self._watch if sample == 0 else None,
-            )
+            transcript = self._begin(task, sample)
             live[sample] = transcript
             await transcript.run(self._client, self._sandbox)
             self._keep(task.id, sample, transcript)
@@ -160,6 +156,20 @@ class Solver:
                 )
             self._watch_sandbox(transcript)
             return ballot_of(sample, transcript)
+
+    def _begin(self, task: Task, sample: int) -> Transcript:
+        common: dict[str, Any] = {
+            "prompt_tokens": task.prompt_tokens,
+            "seed": self._sampling.seed + sample,
+            "sampling": self._sampling,
+            "limits": self._limits,
+            "tags": self._tags,
+            "count_tokens": self._count,
+            "watch": self._watch if sample == 0 else None,
+        }
+        if task.messages:
+            return ToolChat(messages=task.messages, **common)
+        return Transcript(prompt=task.prompt, **common)
 
     def _watch_sandbox(self, transcript: Transcript) -> None:
         """A crash is what the code did; sessions that all die are a broken sandbox, and the answers worth nothing."""

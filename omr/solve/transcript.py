@@ -29,12 +29,9 @@ from omr.sampling import Sampling
 from omr.sandbox import Outcome, SandboxClient, Session
 from omr.solve.answer import last_boxed
 from omr.solve.completer import Completer, round_seed
+from omr.solve.limits import Finish, Limits
 from omr.solve.prompt import CodeTags, remaining_notice
 from omr.solve.repetition import CHECK_CHARS, CodeRuns, is_loop
-
-Finish = Literal["stop", "length", "time", "code_limit", "repetition", "boxed", "error", "cancelled"]
-"""stop: the model ended its turn. length: tokens or context ran out. time: seconds ran out. code_limit: it wrote a call
-beyond its executions. repetition: it repeats itself. boxed: ended by us at its answer. error: the server failed."""
 
 MAX_DROPS = 3
 """Streams that may drop in a row without a new token before the generation is given up."""
@@ -43,32 +40,11 @@ MAX_STRAY_STOPS = 16
 OUTPUT_CUT = "<output cut>"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one generation may use."""
-
-    max_tokens: int
-    """Model-written tokens and tool output together."""
-    context_tokens: int
-    """Prompt, text and tool output together."""
-    code_executions: int = 8
-    """0 is plain reasoning: no stop tag, nothing is run."""
-    code_timeout_s: float | None = None
-    """Per block; None is the sandbox's own."""
-    output_chars: int = 1000
-    seconds: float | None = None
-    remaining_notice: bool = False
-    """Tell the model after each block how many executions it has left."""
-    stop_at_boxed: bool = False
-    """End at the brace that closes an answer outside code."""
-    stop_on_repetition: bool = True
-
-
 @dataclass(kw_only=True)
 class Transcript:
     """One generation: what was written, run and counted. `run` fills it; a cancelled one keeps what it had."""
 
-    prompt: str
+    prompt: str = ""
     prompt_tokens: int
     seed: int
     sampling: Sampling
@@ -165,16 +141,11 @@ class Transcript:
             except ContextOverflow:  # the server counts the prompt's tokens otherwise than we do
                 return "length"
             except RequestError as error:
-                if error.status is not None and error.status < 500 and error.status != 429:
-                    return self._failed(error)  # the request itself is refused: asking again cannot help
-                self.stream_drops += 1
                 drops = 1 if self.num_tokens > before else drops + 1
-                self.events.append({"type": "drop", "error": str(error), "at_s": round(self._now(), 4)})
-                if drops >= MAX_DROPS:
-                    return self._failed(error)
+                if not await self._goes_on(error, drops):
+                    return "error"
                 if tags:
                     self._drop_partial(tags.end)
-                await asyncio.sleep(0.2 * 2**drops)
                 continue
             drops = 0
             if ended != "tag":
@@ -198,9 +169,17 @@ class Transcript:
                 self.text = self.text[:-size]
                 return
 
-    def _failed(self, error: OmrError) -> Finish:
-        self.error = str(error)
-        return "error"
+    async def _goes_on(self, error: RequestError, drops: int) -> bool:
+        """Count a stream that failed, the `drops`th in a row without a token, and wait a little; False gives up."""
+        refused = error.status is not None and error.status < 500 and error.status != 429
+        if not refused:
+            self.stream_drops += 1
+            self.events.append({"type": "drop", "error": str(error), "at_s": round(self._now(), 4)})
+        if refused or drops >= MAX_DROPS:  # asking a refused request again cannot help
+            self.error = str(error)
+            return False
+        await asyncio.sleep(0.2 * 2**drops)
+        return True
 
     async def _write(self, client: Completer, tags: CodeTags | None, room: int) -> Finish | Literal["tag"]:
         """One request; "tag" when it stopped at the end tag, which is then the end of `text`."""
@@ -239,23 +218,8 @@ class Transcript:
                             break
         finally:
             self.text += "".join(pieces)
-            took = self._now()
-            if self.ttft_s is None and first is not None:
-                self.ttft_s = first - sent
-            if first is not None and tokens > 1:
-                self.tpot_s.append((took - first) / (tokens - 1))
-            event = {
-                "type": "text",
-                "text": self.text[start:],
-                "tokens": tokens,
-                "sent_s": round(sent, 4),
-                "first_token_s": None if first is None else round(first, 4),
-                "end_s": round(took, 4),
-                "finish_reason": reason,
-                "stop_reason": named if isinstance(named, str | int | None) else str(named),
-                "seed": seed,
-            }
-            self.events.append(event)
+            event = self._wrote(start, sent, first, tokens, reason, seed)
+            event["stop_reason"] = named if isinstance(named, str | int | None) else str(named)
         if found == "tag":
             at = self.text.index(end, start) + len(end)  # an engine may run past the tag
             self.text = self.text[:at]
@@ -268,6 +232,28 @@ class Transcript:
         if found:
             return found
         return "length" if reason == "length" else "stop"
+
+    def _wrote(
+        self, start: int, sent: float, first: float | None, tokens: int, reason: str | None, seed: int
+    ) -> dict[str, Any]:
+        """Record a request that was sent at `sent`, got its first token at `first` and has ended now."""
+        took = self._now()
+        if self.ttft_s is None and first is not None:
+            self.ttft_s = first - sent
+        if first is not None and tokens > 1:
+            self.tpot_s.append((took - first) / (tokens - 1))
+        event = {
+            "type": "text",
+            "text": self.text[start:],
+            "tokens": tokens,
+            "sent_s": round(sent, 4),
+            "first_token_s": None if first is None else round(first, 4),
+            "end_s": round(took, 4),
+            "finish_reason": reason,
+            "seed": seed,
+        }
+        self.events.append(event)
+        return event
 
     def _ends_here(
         self, pieces: list[str], tail: str, new: str, start: int, tags: CodeTags | None
@@ -310,6 +296,12 @@ class Transcript:
 
     async def _execute(self, code: str, tags: CodeTags, sandbox: SandboxClient) -> bool:
         """Run a block and append its output; False when it is one repetition too many."""
+        outcome, notice = await self._run_code(code, sandbox)
+        self._hand_back(tags.output_block(outcome.status, outcome.stdout, outcome.stderr, notice))
+        return not self._is_repeated(code, outcome)
+
+    async def _run_code(self, code: str, sandbox: SandboxClient) -> tuple[Outcome, str]:
+        """(what a block did, its output fit to be shown; the notice on what is left of the budget)."""
         at = self._now()
         outcome: Outcome
         try:
@@ -324,34 +316,42 @@ class Transcript:
             if self._session is not None:
                 session, self._session = self._session, None
                 await _close(session)
+        outcome.stdout, outcome.stderr = self._printable(outcome.stdout), self._printable(outcome.stderr)
+        return outcome, self._ran_code(code, outcome, at)
+
+    def _ran_code(self, code: str, outcome: Outcome, at: float) -> str:
+        """Count a block that began at `at` and record it. Returns the notice that goes with its output."""
         self.code_runs += 1
         self.code_seconds += self._now() - at
         self.code_errors += outcome.status != "completed"
         self.code_timeouts += outcome.status == "timeout"
         self.code_lost += outcome.state_lost and outcome.status != "timeout"
-        remaining = self.limits.code_executions - self.code_runs
-        notice = remaining_notice(remaining) if self.limits.remaining_notice else ""
-        stdout, stderr = (self._printable(text) for text in (outcome.stdout, outcome.stderr))
-        block = tags.output_block(outcome.status, stdout, stderr, notice)
-        self.text += block
-        if self.watch:
-            self.watch(block)
-        tokens = self.count_tokens(block)
-        self.tool_tokens += tokens
         self.events.append(
             {
                 "type": "code",
                 "code": code,
                 "status": outcome.status,
-                "stdout": stdout,
-                "stderr": stderr,
+                "stdout": outcome.stdout,
+                "stderr": outcome.stderr,
                 "state_lost": outcome.state_lost,
                 "at_s": round(at, 4),
                 "end_s": round(self._now(), 4),
             }
         )
+        remaining = self.limits.code_executions - self.code_runs
+        return remaining_notice(remaining) if self.limits.remaining_notice else ""
+
+    def _hand_back(self, block: str) -> None:
+        """Append a block of output to the text."""
+        self.text += block
+        if self.watch:
+            self.watch(block)
+        tokens = self.count_tokens(block)
+        self.tool_tokens += tokens
         self.events.append({"type": "output", "text": block, "tokens": tokens})
-        return not (self._ran.is_loop(code, stdout + stderr) and self.limits.stop_on_repetition)
+
+    def _is_repeated(self, code: str, outcome: Outcome) -> bool:
+        return self._ran.is_loop(code, outcome.stdout + outcome.stderr) and self.limits.stop_on_repetition
 
     def _printable(self, output: str) -> str:
         """Output within the limit that any tokenizer and file can take: no NUL, no lone surrogate."""

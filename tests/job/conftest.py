@@ -69,6 +69,15 @@ def solve_sums(body: dict[str, Any]) -> str:
     return f"The sum is \\boxed{{{result}}}."
 
 
+def chat_sums(body: dict[str, Any]) -> str | dict[str, Any]:
+    """The same model behind a chat API with a tool."""
+    question, results = body["messages"][0]["content"], [m for m in body["messages"] if m["role"] == "tool"]
+    if not results:
+        a, b = re.findall(r"(\d+)\+(\d+)\?", question)[-1]
+        return {"code": f"print({a}+{b}{'+1' if body['seed'] % 5 == 0 else ''})"}
+    return f"The sum is \\boxed{{{results[-1]['content'].strip()}}}."
+
+
 def write_sums(folder: Path, count: int, *, answers: bool = True) -> Path:
     file = folder / "sums.jsonl"
     rows = [{"id": f"s{i}", "problem": f"What is {i}+{7 * i}?", "level": i % 3} for i in range(count)]

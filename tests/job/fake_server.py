@@ -1,4 +1,4 @@
-"""A completion server in a thread that answers from a function and remembers every request."""
+"""A server of completions and chats in a thread that answers from a function and remembers every request."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ class Cut(str):
 
 @dataclass
 class FakeServer:
-    answer: Callable[[dict[str, Any]], str | int]
-    """Request body -> text to stream (a `Cut` breaks off behind it), or an HTTP status to fail with."""
+    answer: Callable[[dict[str, Any]], str | int | dict[str, Any]]
+    """Request body -> text to stream (a `Cut` breaks off behind it), the arguments of a tool call (chat only), or an
+    HTTP status to fail with."""
+    model: str = "fake"
     delay_s: float = 0.0
     """Before each piece of four characters."""
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -42,15 +44,21 @@ class FakeServer:
         handler.send_response(200)
         handler.send_header("content-type", "text/event-stream")
         handler.end_headers()
+        chat = "messages" in body
+        call = isinstance(text, dict)
+        text = json.dumps(text) if isinstance(text, dict) else text
         pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
         for count, piece in enumerate(pieces, 1):
             if self.delay_s:
                 time.sleep(self.delay_s)
-            last = count == len(pieces) and not isinstance(text, Cut)
+            ended = None if count < len(pieces) or isinstance(text, Cut) else "tool_calls" if call else "stop"
+            said: dict[str, Any] = {"text": piece}
+            if chat:
+                function = {"name": "python" if count == 1 else "", "arguments": piece}
+                made = {"index": 0, "id": "call" if count == 1 else None, "function": function}
+                said = {"delta": {"tool_calls": [made]} if call else {"content": piece}}
             event = {
-                "choices": [
-                    {"index": 0, "text": piece, "finish_reason": "stop" if last else None, "stop_reason": None}
-                ],
+                "choices": [{"index": 0, "finish_reason": ended, "stop_reason": None, **said}],
                 "usage": {"prompt_tokens": 7, "completion_tokens": count},
             }
             handler.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
@@ -62,8 +70,10 @@ class FakeServer:
 
 
 @contextmanager
-def serving(answer: Callable[[dict[str, Any]], str | int], delay_s: float = 0.0) -> Iterator[FakeServer]:
-    fake = FakeServer(answer, delay_s)
+def serving(
+    answer: Callable[[dict[str, Any]], str | int | dict[str, Any]], delay_s: float = 0.0, model: str = "fake"
+) -> Iterator[FakeServer]:
+    fake = FakeServer(answer, model, delay_s)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -76,6 +86,8 @@ def serving(answer: Callable[[dict[str, Any]], str | int], delay_s: float = 0.0)
         def do_GET(self) -> None:
             n = len(fake.finished)
             text = METRICS.format(drafts=10 * n, draft_tokens=30 * n, accepted=15 * n).encode()
+            if self.path == "/v1/models":
+                text = json.dumps({"data": [{"id": fake.model}]}).encode()
             self.send_response(200)
             self.send_header("content-length", str(len(text)))
             self.end_headers()

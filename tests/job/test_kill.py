@@ -10,9 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from omr.job._judging import JUDGEMENTS
+from omr.job._selecting import SELECTIONS
 from omr.samples import intact_rows
 
 from .conftest import solve_sums, write_sums
@@ -85,3 +88,49 @@ def test_kill_9_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> N
         assert all(final[key][name] == value for name, value in before.items())
     metrics = json.loads((tmp_path / f"run{attempt}" / "metrics.json").read_text())["metrics"]
     assert metrics["accuracy/pass_at_1"] == 1 and metrics["accuracy/generations"] == problems * planned
+
+
+def opinionated(body: dict[str, Any]) -> str:
+    """Solves sums; chooses the first attempt; finds every two answers the same."""
+    if "Judgment: N" in body["prompt"]:
+        return "Both were checked with care. Judgment: 0"
+    return "They agree.\nJudgement: Yes" if "Judgement: No" in body["prompt"] else solve_sums(body)
+
+
+@pytest.mark.slow
+def test_kill_9_between_comparisons_and_judgements_repeats_none(tmp_path: Path) -> None:
+    rng, file = random.Random(5), write_sums(tmp_path, 8)
+    environment = os.environ | {"OMR_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    names, kills = (SELECTIONS, JUDGEMENTS), 0
+    kept: dict[str, set[str]] = {name: set() for name in names}
+    with serving(opinionated, delay_s=0.005) as server:
+        for attempt in range(20):
+            argv = [sys.executable, "-c", DRIVER, server.url, str(tmp_path / f"run{attempt}"), f"benchmark.path={file}"]
+            argv += ["job.num_generations=5", "sampling.seed=1", "job.select.method=genselect", "job.judge.when=always"]
+            argv += ["job.select.max_concurrent=2", "job.judge.max_concurrent=2", "job.max_concurrent_problems=2"]
+            with (tmp_path / f"log{attempt}").open("wb") as log:
+                child = subprocess.Popen(argv, env=environment, stdout=log, stderr=log, cwd=tmp_path)
+                wanted = sum(map(len, kept.values())) + rng.randint(1, 12)
+                while child.poll() is None and attempt < 6:
+                    written = [
+                        f.read_bytes() for n in names for f in (tmp_path / "home").glob(f"artifacts/unfinished/*/{n}")
+                    ]
+                    if sum(text.count(b"\n") for text in written) >= wanted:
+                        child.send_signal(signal.SIGKILL)
+                        kills += 1
+                        break
+                    time.sleep(rng.random() * 0.01)
+                assert child.wait(120) in (0, -9), (tmp_path / f"log{attempt}").read_text()
+            (folder, *_) = [*(tmp_path / "home").glob("artifacts/unfinished/*"), tmp_path / f"run{attempt}"]
+            for name in names:
+                now = {json.dumps(row) for row in intact_rows(folder / name)}
+                assert kept[name] <= now, f"{name} lost or repeated what was on disk"
+                kept[name] = now
+            if folder == tmp_path / f"run{attempt}":
+                break
+    assert kills >= 3, "the run was over before it could be killed"
+    picks, judged = ([json.loads(row) for row in kept[name]] for name in names)
+    assert {(p["id"], p["round"]) for p in picks} == {(f"s{i}", k) for i in range(8) for k in range(4)} and len(
+        picks
+    ) == 32
+    assert len({(j["id"], j["answer"]) for j in judged}) == len(judged) == 16

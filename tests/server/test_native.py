@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+import omr
 from omr.client import Client
 from omr.drafter.ngram import Ngram
 from omr.drafter.none import NoDrafter
@@ -28,9 +29,15 @@ from omr.errors import ConfigError, InputError, MissingBackend, RequestError, Re
 from omr.nn import loader
 from omr.process import free_port
 from omr.sampling import Sampling
+from omr.sandbox import Outcome
 from omr.server import Endpoint, ServeSpec, _backend
 from omr.server._text import Vocabulary
 from omr.server.native import Dtype, Native
+from omr.solve.limits import Limits
+from omr.solve.prompt import prompt_named, render, tags_named
+from omr.solve.tool_chat import ToolChat
+from omr.solve.transcript import Transcript
+from omr.text import load_tokenizer
 
 from .conftest import Live, live
 
@@ -193,6 +200,59 @@ def test_closing_a_stream_frees_the_engine(model: Any, tokenizer: Any) -> None:
 def spec(folder: Path, **fields: Any) -> ServeSpec:
     values = {"model_name": "tiny", "checkpoint": folder, "drafter": NoDrafter(), "context_tokens": 256, **fields}
     return ServeSpec(**values)
+
+
+def test_the_chat_api_solves_as_the_text_loop_does() -> None:
+    """The embedded model calls its tool through chat messages, and every text is the one of plain completions."""
+    folder = Path(omr.__file__).parent / "assets" / "tiny"
+    tokenizer = load_tokenizer(folder)
+    engine = Engine(loader.load(folder, device="cpu"), max_batch_size=4, kv_cache_tokens=2048, context_tokens=512)
+    problems = ["What is the modular inverse of 125 modulo 129?", "What is 7 + 5?", "What is 15/12 + 2/5?"]
+
+    class Constant:
+        """A sandbox whose every block prints the same."""
+
+        tier = "process"
+
+        def session(self) -> Constant:
+            return self
+
+        async def execute(self, code: str, timeout_s: float | None = None) -> Outcome:
+            return Outcome(status="completed", stdout="32\n")
+
+        async def close(self) -> None:
+            """It holds nothing."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    async def main() -> list[tuple[Transcript, Transcript]]:
+        async with live(engine, tokenizer) as server:
+            await server.thread.ready.wait()
+            async with Client(Endpoint(base_url=server.url, model="tiny", server=Native())) as client:
+                return [await both(client, problem) for problem in problems]
+
+    async def both(client: Client, problem: str) -> tuple[Transcript, Transcript]:
+        messages = prompt_named("generic/math").messages(problem)
+        prompt = render(tokenizer, messages)
+        common: dict[str, Any] = {
+            "prompt_tokens": count(prompt),
+            "seed": 5,
+            "sampling": Sampling(temperature=0.7, max_tokens=200),
+            "limits": Limits(max_tokens=200, context_tokens=512),
+            "tags": tags_named("openmath"),
+            "count_tokens": count,
+        }
+        pair = Transcript(prompt=prompt, **common), ToolChat(messages=messages, **common)
+        for one in pair:
+            await one.run(client, Constant())
+        return pair
+
+    pairs = asyncio.run(main())
+    for text, chat in pairs:
+        assert chat.text == text.text and chat.finish_reason == text.finish_reason
+        assert (chat.code_runs, chat.rounds, chat.prompt_tokens) == (text.code_runs, text.rounds, text.prompt_tokens)
+    assert any(text.code_runs for text, _ in pairs)
 
 
 @pytest.mark.slow

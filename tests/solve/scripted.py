@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from omr.client import Stream
 from omr.errors import Failure
 from omr.sandbox import Outcome
 
@@ -19,6 +21,8 @@ class Piece:
     finish_reason: str | None = None
     stop_reason: Any = None
     time: float = 0.0
+    tool_calls: Sequence[Any] = ()
+    reasoning: str = ""
 
 
 @dataclass
@@ -32,6 +36,11 @@ class Reply:
     step: int = 4
     delay_s: float = 0.0
     hang: bool = False
+    calls: Sequence[Any] = ()
+    """Pieces of tool calls, one a chunk, after the text."""
+    reasoning: str = ""
+    prompt_tokens: int = 0
+    """What the server says it read."""
 
 
 @dataclass
@@ -42,6 +51,9 @@ class Request:
     seed: int
     closed: bool = False
     """Closed before its end: what a cancelled request looks like to a server."""
+    messages: list[Any] = field(default_factory=list)
+    tools: list[Any] = field(default_factory=list)
+    tool_choice: str | None = None
 
 
 @dataclass
@@ -51,21 +63,38 @@ class ScriptedClient:
     script: Callable[[Request], Reply] | Iterable[Reply]
     requests: list[Request] = field(default_factory=list)
 
-    def stream_completion(
-        self, prompt: str, sampling: Any, *, stop: list[str], max_tokens: int, seed: int
-    ) -> AsyncGenerator[Piece, None]:
-        request = Request(prompt, stop, max_tokens, seed)
+    def stream_completion(self, prompt: str, sampling: Any, *, stop: list[str], max_tokens: int, seed: int) -> Stream:
+        return self._reply(Request(prompt, stop, max_tokens, seed))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Any],
+        sampling: Any,
+        *,
+        max_tokens: int,
+        seed: int,
+        tools: Sequence[Any] = (),
+        tool_choice: str | None = None,
+    ) -> Stream:
+        sent = copy.deepcopy(list(messages))
+        return self._reply(Request("", [], max_tokens, seed, messages=sent, tools=list(tools), tool_choice=tool_choice))
+
+    def _reply(self, request: Request) -> Stream:
         self.requests.append(request)
         if callable(self.script):
             reply = self.script(request)
         else:
             self.script = iter(self.script)
             reply = next(self.script)
-        return self._stream(request, reply)
+        stream = Stream(self._stream(request, reply))  # type: ignore[arg-type]
+        stream.num_prompt_tokens = reply.prompt_tokens
+        return stream
 
     async def _stream(self, request: Request, reply: Reply) -> AsyncGenerator[Piece, None]:
         ended = False
         try:
+            if reply.reasoning:
+                yield Piece("", 1, None, None, time.perf_counter(), (), reply.reasoning)
             pieces = [reply.text[i : i + reply.step] for i in range(0, len(reply.text), reply.step)]
             for number, piece in enumerate(pieces):
                 await asyncio.sleep(reply.delay_s)
@@ -74,6 +103,8 @@ class ScriptedClient:
                     yield Piece("", 0, "length", None, time.perf_counter())
                     return
                 yield Piece(piece, 1, None, None, time.perf_counter())
+            for call in reply.calls:
+                yield Piece("", 1, None, None, time.perf_counter(), [call])
             if reply.hang:
                 await asyncio.sleep(3600)
             ended = True

@@ -61,6 +61,32 @@ def test_an_output_block_can_be_told_from_the_next_call(name: str) -> None:
     assert tags.begin not in block
 
 
+@pytest.mark.parametrize(
+    ("name", "begin", "end", "block"),
+    [
+        ("openmath", "<tool_call>", "</tool_call>", "\n```output\n7\n```\n"),
+        ("qwen", "```python\n", "```\n", "```output\n7\n```\n"),
+        ("nemotron", "<llm-code>\n", "</llm-code>\n", "<llm-code-output>\n7\n</llm-code-output>\n"),
+        (
+            "llama3",
+            "<|python_tag|>",
+            "<|eom_id|>",
+            "<|start_header_id|>ipython<|end_header_id|>\n\ncompleted\n[stdout]\n7\n[/stdout]"
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "gpt-oss",
+            "<|start|>assistant<|channel|>analysis to=python code<|message|>",
+            "<|call|>",
+            "<|start|>python code to=assistant<|channel|>analysis<|message|>7\n<|end|><|start|>assistant",
+        ),
+    ],
+)
+def test_code_tags_to_the_letter(name: str, begin: str, end: str, block: str) -> None:
+    tags = tags_named(name)
+    assert (tags.begin, tags.end, tags.output_block("completed", "7\n", "")) == (begin, end, block)
+
+
 def test_openmath_output_block() -> None:
     assert tags_named("openmath").output_block("completed", "42\n", "") == "\n```output\n42\n```\n"
     assert tags_named("openmath").output_block("completed", "", "") == "\n```output\n```\n"

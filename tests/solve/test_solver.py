@@ -11,9 +11,10 @@ import pytest
 from omr.errors import Failure, StreamDropped
 from omr.sampling import Sampling
 from omr.sandbox import Outcome
+from omr.solve.limits import Limits
 from omr.solve.prompt import tags_named
 from omr.solve.solver import Solved, Solver, Task
-from omr.solve.transcript import Limits, Transcript
+from omr.solve.transcript import Transcript
 from omr.solve.vote import Ballot, StopPolicy, TimeBank
 
 from .scripted import Reply, Request, ScriptedClient, ScriptedSandbox

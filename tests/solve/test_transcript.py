@@ -11,11 +11,12 @@ from omr.errors import ConfigError, ContextOverflow, RequestError, StreamDropped
 from omr.sampling import Sampling
 from omr.sandbox import Outcome
 from omr.solve.completer import round_seed
-from omr.solve.prompt import tags_named
+from omr.solve.limits import Limits
+from omr.solve.prompt import CODE_TAGS, tags_named
 from omr.solve.repetition import is_loop
-from omr.solve.transcript import Limits, Transcript
+from omr.solve.transcript import Transcript
 
-from .scripted import Reply, Request, SandboxDied, ScriptedClient, ScriptedSandbox
+from .scripted import Reply, Request, SandboxDied, ScriptedClient, ScriptedSandbox, ScriptedSession
 
 TAGS = tags_named("openmath")
 CALL = "Let me compute. <tool_call>\nprint(6*7)\n"
@@ -43,11 +44,12 @@ def generate(
     return transcript
 
 
-@pytest.mark.parametrize("how", ["hidden", "named", "shown", "overshot"])
+@pytest.mark.parametrize("how", ["hidden", "named", "token", "shown", "overshot"])
 def test_a_call_is_run_however_the_engine_reports_its_stop(how: str) -> None:
     first = {
         "hidden": Reply(CALL),
         "named": Reply(CALL, stop_reason="</tool_call>"),
+        "token": Reply(CALL, stop_reason=151658),
         "shown": Reply(CALL + "</tool_call>"),
         "overshot": Reply(CALL + "</tool_call>\n```output\n41\n```\nit is 41", finish_reason="length"),
     }[how]
@@ -61,6 +63,30 @@ def test_a_call_is_run_however_the_engine_reports_its_stop(how: str) -> None:
     assert client.requests[1].prompt == "<problem>" + got.text.removesuffix(ANSWER)
     assert [event["type"] for event in got.events] == ["text", "code", "output", "text"]
     assert "".join(e["text"] for e in got.events if e["type"] in ("text", "output")) == got.text
+
+
+@pytest.mark.parametrize("name", sorted(CODE_TAGS))
+def test_every_dialect_of_code_is_run(name: str) -> None:
+    tags = CODE_TAGS[name]
+    client = ScriptedClient([Reply(f"Hm. {tags.begin}print(6*7)\n"), Reply(ANSWER)])
+    sandbox = ScriptedSandbox(lambda code: done("42\n"))
+    got = generate(client, sandbox, tags=tags)
+    assert client.requests[0].stop == [tags.end] and sandbox.sessions[0].blocks == ["print(6*7)"]
+    block = tags.output_block("completed", "42\n", "")
+    assert got.text == f"Hm. {tags.begin}print(6*7)\n{tags.end}{block}{ANSWER}"
+    assert (got.answer, got.finish_reason, got.code_runs) == ("42", "stop", 1)
+
+
+def test_every_event_is_recorded_with_its_tokens_and_times() -> None:
+    client = ScriptedClient([Reply(CALL, stop_reason="</tool_call>"), Reply(ANSWER)])
+    got = generate(client, ScriptedSandbox(lambda code: done("42\n")))
+    wrote, ran, output, ended = got.events
+    assert wrote["tokens"] + ended["tokens"] == got.num_tokens and output["tokens"] == got.tool_tokens
+    assert (wrote["stop_reason"], wrote["finish_reason"], ended["finish_reason"]) == ("</tool_call>", "stop", "stop")
+    assert (ran["code"], ran["status"], ran["stdout"], ran["stderr"]) == ("\nprint(6*7)\n", "completed", "42\n", "")
+    times = [wrote["sent_s"], wrote["first_token_s"], wrote["end_s"], ran["at_s"], ran["end_s"], ended["sent_s"]]
+    assert times == sorted(times) and got.seconds >= ended["end_s"] - 1e-3
+    assert [wrote["seed"], ended["seed"]] == [11, round_seed(11, 1)]
 
 
 def test_two_calls_share_a_session_and_an_error_is_handed_back() -> None:
@@ -197,6 +223,19 @@ def test_seconds_run_out() -> None:
     client = ScriptedClient([Reply("slow", hang=True)])
     got = generate(client, seconds=0.05)
     assert got.finish_reason == "time" and got.truncated and client.requests[0].closed and got.seconds < 2
+
+
+def test_seconds_run_out_while_code_runs() -> None:
+    class Slow(ScriptedSession):
+        async def execute(self, code: str, timeout_s: float | None = None) -> Outcome:
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    sandbox = ScriptedSandbox()
+    sandbox.session = lambda: sandbox.sessions.append(Slow(sandbox.run)) or sandbox.sessions[-1]  # type: ignore
+    got = generate(ScriptedClient([Reply(CALL)]), sandbox, seconds=0.05)
+    assert (got.finish_reason, got.code_runs, got.truncated) == ("time", 0, True)
+    assert sandbox.sessions[0].closed == 1 and got.text.endswith("</tool_call>")  # the block stays unanswered
 
 
 def test_it_stops_at_its_answer_but_not_inside_code() -> None:
