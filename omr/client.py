@@ -17,17 +17,17 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import httpx
 
 from omr.errors import ContextOverflow, RequestError, StreamDropped
 from omr.sampling import Sampling
 from omr.server import Endpoint
-from omr.transport import Transport
+from omr.wire import Wire, WireReply
 
 _RETRY_STATUS = frozenset({429, 502, 503, 504})
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
@@ -39,8 +39,7 @@ _OVERFLOW = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """What one event brought."""
 
     text: str
@@ -81,11 +80,11 @@ class Stream(AsyncGenerator[Chunk, None]):
         self.num_prompt_tokens = 0
         """As the server counts them, known at the end at the latest; 0 when it does not say."""
 
-    async def asend(self, value: None) -> Chunk:
-        chunk = await self._chunks.asend(value)
-        if self.first is None and (chunk.text or chunk.num_tokens):
-            self.first = chunk.time
-        return chunk
+    def __anext__(self) -> Coroutine[Any, Any, Chunk]:
+        return self._chunks.__anext__()
+
+    def asend(self, value: None) -> Coroutine[Any, Any, Chunk]:
+        return self._chunks.asend(value)
 
     async def athrow(self, typ: Any, val: Any = None, tb: Any = None) -> Chunk:
         if val is None and tb is None:
@@ -135,16 +134,26 @@ class Client:
         self._attempts = attempts
         self._pause_s = pause_s
         base = httpx.URL(endpoint.base_url.rstrip("/"))
-        self._transport = transport or Transport(base, timeout_s=timeout_s)
-        self._urls = {path: httpx.URL(f"{base}{path}") for path in (_COMPLETIONS, _CHAT)}
-        self._headers = httpx.Headers(
-            {
-                "authorization": f"Bearer {endpoint.api_key}",
-                "accept-encoding": "identity",
-                "content-type": "application/json",
-            }
-        )
-        self._http = httpx.AsyncClient(base_url=base, headers=self._headers, timeout=30.0, transport=self._transport)
+        here = base.host in ("127.0.0.1", "::1", "localhost")
+        headers = {
+            "authorization": f"Bearer {endpoint.api_key}",
+            "accept-encoding": "identity",
+            "content-type": "application/json",
+        }
+        self._http: httpx.AsyncClient | Wire
+        if here and base.scheme == "http" and transport is None:
+            self._http = Wire(base.host, base.port or 80, timeout_s=timeout_s)
+        else:
+            self._http = httpx.AsyncClient(
+                base_url=base,
+                headers=headers,
+                timeout=httpx.Timeout(timeout_s, connect=10.0, pool=None),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=30.0),
+                trust_env=not here,  # a proxy must not see the loopback
+                transport=transport,
+            )
+        self._path = base.path.rstrip("/")
+        self._lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
     async def __aenter__(self) -> Self:
         return self
@@ -197,12 +206,13 @@ class Client:
 
     async def _get(self, path: str) -> str:
         try:
-            reply = await self._http.get(path)
-        except httpx.TransportError as error:
+            async with asyncio.timeout(30.0), self._request("GET", path) as reply:
+                content = await reply.aread()
+        except (httpx.TransportError, TimeoutError) as error:
             raise RequestError(f"GET {path} at {self.endpoint.base_url}: {_reason(error)}") from None
         if reply.status_code != 200:
-            raise _refusal(reply.status_code, reply.content)
-        return reply.text
+            raise _refusal(reply.status_code, content)
+        return content.decode(errors="replace")
 
     def _body(
         self, sampling: Sampling, stop: Sequence[str], max_tokens: int | None, seed: int | None
@@ -228,10 +238,13 @@ class Client:
         return body
 
     @contextlib.asynccontextmanager
-    async def _post(self, path: str, body: bytes) -> AsyncIterator[httpx.Response]:
-        """The reply's head, its body yet to be read; straight to the transport: httpx's client does nothing for it."""
-        request = httpx.Request("POST", self._urls[path], headers=self._headers, content=body)
-        reply = await self._transport.handle_async_request(request)
+    async def _request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[WireReply | httpx.Response]:
+        """The reply's head, its body yet to be read. Raises httpx.TransportError."""
+        if isinstance(self._http, httpx.AsyncClient):
+            async with self._http.stream(method, path, content=body) as response:
+                yield response
+            return
+        reply = await self._http.request(method, self._path + path, self._lines, body)
         try:
             yield reply
         finally:
@@ -246,15 +259,17 @@ class Client:
             for attempt in range(1, self._attempts + 1):
                 started = False
                 try:
-                    async with self._post(path, data) as reply:
+                    async with self._request("POST", path, data) as reply:
                         if reply.status_code != 200:
                             raise _refusal(reply.status_code, await reply.aread())
-                        parts = reply.aiter_bytes() if "content-encoding" in reply.headers else reply.stream
-                        assert isinstance(parts, AsyncIterable), parts
-                        async with contextlib.aclosing(_chunks(parts, stream)) as inner:
-                            async for chunk in inner:
+                        parts = reply if isinstance(reply, WireReply) else reply.aiter_bytes()
+                        reader = _Reader(stream)
+                        async for part in parts:  # to its end, or the connection could not be used again
+                            for chunk in reader.feed(part):
                                 started = True
                                 yield chunk
+                        for chunk in reader.end():
+                            yield chunk
                         return
                 except httpx.TransportError as error:
                     if started:
@@ -272,56 +287,75 @@ class Client:
         return stream
 
 
-async def _chunks(body: AsyncIterable[bytes], stream: Stream) -> AsyncGenerator[Chunk, None]:
-    """Chunks of a server-sent event stream. Raises StreamDropped when it ends without a finish reason."""
-    counted = 0  # tokens in the chunks given out
-    texts = 0  # of them, chunks with text
-    total: int | None = None
-    finished = False
-    events = _Events()
-    async for part in body:  # to its end, even after [DONE], or the connection could not be used again
-        now = time.perf_counter()
-        for event in events.feed(part):
-            if usage := event.get("usage"):
-                total = int(usage.get("completion_tokens") or 0)
-                stream.num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
-            for choice in event.get("choices") or ():
-                text = choice.get("text")
-                if text is None:
-                    text = (choice.get("delta") or {}).get("content") or ""
-                ids = choice.get("token_ids")
-                new = total - counted if total is not None else len(ids) if ids else 0
-                counted += new
-                texts += bool(text)
-                reason = choice.get("finish_reason")
-                finished = finished or reason is not None
-                if text or new or reason is not None:
-                    stop = choice.get("stop_reason")
-                    stop = choice.get("matched_stop") if stop is None else stop
-                    yield Chunk(_sound(text), new, reason, stop, now)
-    if not finished:
-        raise StreamDropped("the server ended the stream without a finish reason")
-    rest = (texts if counted == 0 else counted) - counted if total is None else total - counted
-    if rest:
-        yield Chunk("", rest, None, None, time.perf_counter())
+class _Reader:
+    """A server-sent event stream: bytes in, chunks out, up to [DONE]."""
 
-
-class _Events:
-    """A stream's bytes in, its events out, up to [DONE]."""
-
-    def __init__(self) -> None:
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
         self._held = b""
-        self._done = False
+        self._done = self._finished = False
+        self._broken: StreamDropped | None = None
+        """An error that waits until the chunks before it are out."""
+        self._counted = 0
+        """Tokens in the chunks given out."""
+        self._texts = 0
+        """Of them, chunks with text."""
+        self._total: int | None = None
 
-    def feed(self, part: bytes) -> Iterator[dict[str, Any]]:
-        """The events that `part` completes. Lines that are no data (comments, keep-alives, event names) are skipped."""
+    def feed(self, part: bytes) -> list[Chunk]:
+        """What `part` completes. Lines that are no data (comments, keep-alives, event names) are skipped.
+
+        Raises StreamDropped for an event that is none, or that says that the server failed.
+        """
+        if self._broken is not None:
+            raise self._broken
+        now = time.perf_counter()
+        chunks: list[Chunk] = []
         *lines, self._held = (self._held + part).split(b"\n")
         for line in lines:
             if line.startswith(b"data:") and not self._done:
                 data = line[5:].strip()
-                self._done = data == b"[DONE]"
-                if not self._done:
-                    yield _event(data)
+                if data == b"[DONE]":
+                    self._done = True
+                    continue
+                try:
+                    self._take(_event(data), now, chunks)
+                except StreamDropped as error:
+                    if not chunks:
+                        raise
+                    self._broken, self._done = error, True
+        return chunks
+
+    def _take(self, event: dict[str, Any], now: float, chunks: list[Chunk]) -> None:
+        if usage := event.get("usage"):
+            self._total = int(usage.get("completion_tokens") or 0)
+            self._stream.num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
+        for choice in event.get("choices") or ():
+            text = choice.get("text")
+            if text is None:
+                text = (choice.get("delta") or {}).get("content") or ""
+            ids = choice.get("token_ids")
+            new = self._total - self._counted if self._total is not None else len(ids) if ids else 0
+            self._counted += new
+            self._texts += bool(text)
+            reason = choice.get("finish_reason")
+            self._finished = self._finished or reason is not None
+            if text or new or reason is not None:
+                if self._stream.first is None and (text or new):
+                    self._stream.first = now
+                stop = choice.get("stop_reason")
+                stop = choice.get("matched_stop") if stop is None else stop
+                chunks.append(Chunk(_sound(text), new, reason, stop, now))
+
+    def end(self) -> list[Chunk]:
+        """Tokens that were counted only at the end. Raises StreamDropped when there was no finish reason."""
+        if self._broken is not None:
+            raise self._broken
+        if not self._finished:
+            raise StreamDropped("the server ended the stream without a finish reason")
+        total = self._total if self._total is not None else self._counted or self._texts
+        rest = total - self._counted
+        return [Chunk("", rest, None, None, time.perf_counter())] if rest else []
 
 
 def _sound(text: str) -> str:

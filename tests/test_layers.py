@@ -29,7 +29,7 @@ RANKS: dict[str, int] = {
     "omr.hub": 1,
     "omr.checkpoint": 1,
     "omr.table": 1,
-    "omr.transport": 1,
+    "omr.wire": 1,
     "omr.quant.*": 2,
     "omr.drafter.*": 2,
     "omr.client": 2,
