@@ -17,17 +17,18 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
+from omr.chunks import Chunk, Reader
 from omr.errors import ContextOverflow, RequestError, StreamDropped
 from omr.sampling import Sampling
 from omr.server import Endpoint
-from omr.transport import Transport
+from omr.wire import Wire, WireReply
 
 _RETRY_STATUS = frozenset({429, 502, 503, 504})
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
@@ -37,25 +38,6 @@ _OVERFLOW = re.compile(
     "|max_tokens must be at least 1, got -"
     "|context_length_exceeded"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What one event brought."""
-
-    text: str
-    num_tokens: int
-    """Tokens it added. Over a whole stream the sum is what the server counted, if it counts at all; a server that
-    reports no usage is taken to send one token an event."""
-    finish_reason: str | None
-    stop_reason: str | int | None
-    """The stop string or stop token that ended it, where the server says so; it is not part of `text`."""
-    time: float
-    """time.perf_counter() when it arrived, seconds."""
-    tool_calls: Sequence[Any] = ()
-    """Pieces of tool calls (chat only), as the server sent them; see omr/solve/tool_calls.py."""
-    reasoning: str = ""
-    """Thinking that the server keeps apart from the text (chat only)."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +62,23 @@ class Stream(AsyncGenerator[Chunk, None]):
         self._chunks = chunks
         self.sent: float | None = None
         """perf_counter() when the request was first sent; None before the first chunk was asked for."""
-        self.first: float | None = None
-        """perf_counter() of the first token."""
-        self.num_prompt_tokens = 0
-        """As the server counts them, known at the end at the latest; 0 when it does not say."""
+        self.reader = Reader()
 
-    async def asend(self, value: None) -> Chunk:
-        chunk = await self._chunks.asend(value)
-        if self.first is None and (chunk.text or chunk.num_tokens or chunk.tool_calls or chunk.reasoning):
-            self.first = chunk.time
-        return chunk
+    @property
+    def first(self) -> float | None:
+        """perf_counter() of the first token."""
+        return self.reader.first
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """As the server counts them, known at the end at the latest; 0 when it does not say."""
+        return self.reader.num_prompt_tokens
+
+    def __anext__(self) -> Coroutine[Any, Any, Chunk]:
+        return self._chunks.__anext__()
+
+    def asend(self, value: None) -> Coroutine[Any, Any, Chunk]:
+        return self._chunks.asend(value)
 
     async def athrow(self, typ: Any, val: Any = None, tb: Any = None) -> Chunk:
         if val is None and tb is None:
@@ -139,16 +128,26 @@ class Client:
         self._attempts = attempts
         self._pause_s = pause_s
         base = httpx.URL(endpoint.base_url.rstrip("/"))
-        self._transport = transport or Transport(base, timeout_s=timeout_s)
-        self._urls = {path: httpx.URL(f"{base}{path}") for path in (_COMPLETIONS, _CHAT)}
-        self._headers = httpx.Headers(
-            {
-                "authorization": f"Bearer {endpoint.api_key}",
-                "accept-encoding": "identity",
-                "content-type": "application/json",
-            }
-        )
-        self._http = httpx.AsyncClient(base_url=base, headers=self._headers, timeout=30.0, transport=self._transport)
+        here = base.host in ("127.0.0.1", "::1", "localhost")
+        headers = {
+            "authorization": f"Bearer {endpoint.api_key}",
+            "accept-encoding": "identity",
+            "content-type": "application/json",
+        }
+        self._http: httpx.AsyncClient | Wire
+        if here and base.scheme == "http" and transport is None:
+            self._http = Wire(base.host, base.port or 80, timeout_s=timeout_s)
+        else:
+            self._http = httpx.AsyncClient(
+                base_url=base,
+                headers=headers,
+                timeout=httpx.Timeout(timeout_s, connect=10.0, pool=None),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=30.0),
+                trust_env=not here,  # a proxy must not see the loopback
+                transport=transport,
+            )
+        self._path = base.path.rstrip("/")
+        self._lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
     async def __aenter__(self) -> Self:
         return self
@@ -208,12 +207,13 @@ class Client:
 
     async def _get(self, path: str) -> str:
         try:
-            reply = await self._http.get(path)
-        except httpx.TransportError as error:
+            async with asyncio.timeout(30.0), self._request("GET", path) as reply:
+                content = await reply.aread()
+        except (httpx.TransportError, TimeoutError) as error:
             raise RequestError(f"GET {path} at {self.endpoint.base_url}: {_reason(error)}") from None
         if reply.status_code != 200:
-            raise _refusal(reply.status_code, reply.content)
-        return reply.text
+            raise _refusal(reply.status_code, content)
+        return content.decode(errors="replace")
 
     def _body(
         self, sampling: Sampling, stop: Sequence[str], max_tokens: int | None, seed: int | None
@@ -239,10 +239,13 @@ class Client:
         return body
 
     @contextlib.asynccontextmanager
-    async def _post(self, path: str, body: bytes) -> AsyncIterator[httpx.Response]:
-        """The reply's head, its body yet to be read; straight to the transport: httpx's client does nothing for it."""
-        request = httpx.Request("POST", self._urls[path], headers=self._headers, content=body)
-        reply = await self._transport.handle_async_request(request)
+    async def _request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[WireReply | httpx.Response]:
+        """The reply's head, its body yet to be read. Raises httpx.TransportError."""
+        if isinstance(self._http, httpx.AsyncClient):
+            async with self._http.stream(method, path, content=body) as response:
+                yield response
+            return
+        reply = await self._http.request(method, self._path + path, self._lines, body)
         try:
             yield reply
         finally:
@@ -257,15 +260,17 @@ class Client:
             for attempt in range(1, self._attempts + 1):
                 started = False
                 try:
-                    async with self._post(path, data) as reply:
+                    async with self._request("POST", path, data) as reply:
                         if reply.status_code != 200:
                             raise _refusal(reply.status_code, await reply.aread())
-                        parts = reply.aiter_bytes() if "content-encoding" in reply.headers else reply.stream
-                        assert isinstance(parts, AsyncIterable), parts
-                        async with contextlib.aclosing(_chunks(parts, stream)) as inner:
-                            async for chunk in inner:
+                        parts = reply if isinstance(reply, WireReply) else reply.aiter_bytes()
+                        reader = stream.reader = Reader()
+                        async for part in parts:  # to its end, or the connection could not be used again
+                            for chunk in reader.feed(part):
                                 started = True
                                 yield chunk
+                        for chunk in reader.end():
+                            yield chunk
                         return
                 except httpx.TransportError as error:
                     if started:
@@ -281,89 +286,6 @@ class Client:
 
         stream = Stream(chunks())
         return stream
-
-
-async def _chunks(body: AsyncIterable[bytes], stream: Stream) -> AsyncGenerator[Chunk, None]:
-    """Chunks of a server-sent event stream. Raises StreamDropped when it ends without a finish reason."""
-    counted = 0  # tokens in the chunks given out
-    texts = 0  # of them, chunks with text
-    total: int | None = None
-    finished = False
-    events = _Events()
-    async for part in body:  # to its end, even after [DONE], or the connection could not be used again
-        now = time.perf_counter()
-        for event in events.feed(part):
-            if usage := event.get("usage"):
-                total = int(usage.get("completion_tokens") or 0)
-                stream.num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
-            for choice in event.get("choices") or ():
-                calls: Sequence[Any] = ()
-                text, thought = choice.get("text"), ""
-                if text is None:
-                    text, calls, thought = _delta(choice)
-                ids = choice.get("token_ids")
-                new = total - counted if total is not None else len(ids) if ids else 0
-                counted += new
-                texts += bool(text or calls or thought)
-                reason = choice.get("finish_reason")
-                finished = finished or reason is not None
-                if text or new or reason is not None or calls or thought:
-                    stop = choice.get("stop_reason")
-                    stop = choice.get("matched_stop") if stop is None else stop
-                    yield Chunk(_sound(text), new, reason, stop, now, calls, thought)
-    if not finished:
-        raise StreamDropped("the server ended the stream without a finish reason")
-    rest = (texts if counted == 0 else counted) - counted if total is None else total - counted
-    if rest:
-        yield Chunk("", rest, None, None, time.perf_counter())
-
-
-def _delta(choice: Mapping[str, Any]) -> tuple[str, Sequence[Any], str]:
-    """(text, pieces of tool calls, thinking) of a chat event's choice."""
-    delta = choice.get("delta") or {}
-    calls = delta.get("tool_calls")
-    thought = delta.get("reasoning_content") or delta.get("reasoning")
-    return (
-        delta.get("content") or "",
-        calls if isinstance(calls, list) else (),
-        thought if isinstance(thought, str) else "",
-    )
-
-
-class _Events:
-    """A stream's bytes in, its events out, up to [DONE]."""
-
-    def __init__(self) -> None:
-        self._held = b""
-        self._done = False
-
-    def feed(self, part: bytes) -> Iterator[dict[str, Any]]:
-        """The events that `part` completes. Lines that are no data (comments, keep-alives, event names) are skipped."""
-        *lines, self._held = (self._held + part).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and not self._done:
-                data = line[5:].strip()
-                self._done = data == b"[DONE]"
-                if not self._done:
-                    yield _event(data)
-
-
-def _sound(text: str) -> str:
-    """`text` without lone surrogates: JSON can spell them, but no prompt, file or tokenizer takes them."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
-
-
-def _event(data: bytes) -> dict[str, Any]:
-    try:
-        event = json.loads(data)
-    except ValueError:
-        raise StreamDropped(f"the server sent an event that is no JSON: {data[:80]!r}") from None
-    if not isinstance(event, dict):
-        raise StreamDropped(f"the server sent an event that is no object: {data[:80]!r}")
-    if event.get("error"):
-        error = event["error"]
-        raise StreamDropped(f"the server broke off: {error.get('message') if isinstance(error, dict) else error}")
-    return event
 
 
 def _refusal(status: int, body: bytes) -> RequestError:

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from omr.client import Chunk, Client, Completion
+from omr.chunks import Chunk
+from omr.client import Client, Completion
 from omr.errors import ContextOverflow, Failure, RequestError, StreamDropped
 from omr.sampling import Sampling
 from omr.server import Endpoint, Server
@@ -280,8 +281,18 @@ def test_a_stream_that_breaks_off_is_a_countable_failure_and_not_repeated(ending
 
 @pytest.mark.parametrize("event", ['{"error": {"message": "engine died"}}', '{"error": "engine died"}', "{", "[1]"])
 def test_an_error_event_breaks_the_stream(event: str) -> None:
-    with pytest.raises(StreamDropped, match=r"engine died|no JSON|no object"):
-        run(Replies(ok(*sse(choice("half"), event, done=False))))
+    parts = sse(choice("half"), event, done=False)
+    for body in (parts, [b"".join(parts)], [b"".join(parts), b"data: x\n\n"]):
+        seen = []
+
+        async def main(body: list[bytes] = body, seen: list[str] = seen) -> None:
+            async with client(Replies(ok(*body))) as one:
+                async for chunk in one.stream_completion("hi", Sampling()):
+                    seen.append(chunk.text)
+
+        with pytest.raises(StreamDropped, match=r"engine died|no JSON|no object"):
+            asyncio.run(main())
+        assert seen == ["half"]
 
 
 OVERFLOWS = [

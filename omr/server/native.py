@@ -49,9 +49,9 @@ class Native(Server):
     """Of activations and unquantised weights; auto is bfloat16 on CUDA and for big models, float32 for small on CPU."""
     num_threads: int = 0
     """CPU threads of the engine; 0 leaves one core to HTTP and the client."""
-    stream_interval_s: float = 0.025
-    """Streams to omr's own client share an event every so often: alone, one shows forty a second; of sixteen, each
-    shows one every 0.4 s (never less than one a second). On CPU an event costs both ends more than a token of a small
+    stream_interval_s: float = 0.05
+    """Streams to omr's own client share an event every so often: alone, one shows twenty a second; of sixteen, each
+    shows one every 0.8 s (never less than one a second). On CPU an event costs both ends more than a token of a small
     model. The first token and the last go at once, so latencies are not touched. 0 is an event a step."""
 
     def __post_init__(self) -> None:

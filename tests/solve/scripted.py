@@ -87,7 +87,7 @@ class ScriptedClient:
             self.script = iter(self.script)
             reply = next(self.script)
         stream = Stream(self._stream(request, reply))  # type: ignore[arg-type]
-        stream.num_prompt_tokens = reply.prompt_tokens
+        stream.reader.num_prompt_tokens = reply.prompt_tokens
         return stream
 
     async def _stream(self, request: Request, reply: Reply) -> AsyncGenerator[Piece, None]:
