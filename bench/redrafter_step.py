@@ -1,12 +1,16 @@
 """What a ReDrafter step costs on this CPU, in plain decoding steps, on random weights.
 
-    python bench/redrafter_step.py [--batch 1 4] [--repeats 7] [--threads 1]
+    python bench/redrafter_step.py [--batch 1 4] [--repeats 7] [--threads 1] [--heads "full head" "2048 words"]
+    PYTHONPATH=ml-recurrent-drafter python bench/redrafter_step.py --apple       # beside Apple's loop, same weights
 
 The models are those of the reference measurement of Apple's package (8 layers, H 512, V 8192, 33.7 M parameters;
 drafter with rnn, 2 layers, E 1024, 11.0 M; prompt 64, greedy, one thread), where a 1x4 step took 2.2 to 2.8
 autoregressive steps and a 4x4 step 3.2 to 4.6. Acceptance is near 0 with random weights; a step costs the same whatever
 is accepted. Every repeat runs all variants in turn; a figure is the median over repeats of the ratio of medians of CPU
 time per step. The byte floor counts each weight read once per product: base once, drafter once per drafted token.
+
+`--apple` runs that package (github.com/apple/ml-recurrent-drafter, with the transformers 4.45.2 it was written for) in
+the same process on the same base and drafter weights, in turn with ours; its ratio is to its own autoregressive loop.
 """
 
 from __future__ import annotations
@@ -75,12 +79,63 @@ def step_ms(model: Transformer, draft: DraftModel | None, batch: int, steps: int
     return statistics.median(times[1:]) * 1e3
 
 
+class Apple:
+    """Apple's package on the weights of `model` and of a full `drafter`."""
+
+    def __init__(self, model: Transformer, drafter: Redrafter) -> None:
+        from recurrent_drafting import configuration_drafter, modeling_drafter, modeling_llama, recurrent_drafting
+        from transformers import LlamaConfig
+
+        c, d = model.config, drafter.config
+        config = LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps,
+            max_position_embeddings=c.max_position_embeddings, tie_word_embeddings=False,
+        )  # fmt: skip
+        llm = modeling_llama.LlamaForCausalLM(config).eval()
+        ours = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in model.state_dict().items()}
+        missing = llm.load_state_dict(ours, strict=False).missing_keys
+        assert not [name for name in missing if name.endswith("weight")], missing
+        head = modeling_drafter.Drafter(
+            configuration_drafter.DrafterConfig(
+                vocab_size=d.vocab_size, hidden_size=d.hidden_size, exit_dim=d.exit_dim,
+                num_draft_layers=d.num_draft_layers, rnn=d.rnn,
+            )
+        ).eval()  # fmt: skip
+        head.load_state_dict(drafter.state_dict())
+        self.model = recurrent_drafting.RecurrentDrafting(llm, head)
+
+    def step_ms(self, beams: int, batch: int, steps: int) -> float:
+        """Median CPU milliseconds of a step; `beams` 0 is the autoregressive loop."""
+        from recurrent_drafting import autoregressive, modeling_drafter, recurrent_drafting, stats
+
+        ids = torch.tensor([list(range(1 + i, 1 + i + PROMPT)) for i in range(batch)])
+        special = recurrent_drafting.SpecialTokens(0, V + 1)  # an end of text that never comes
+        if beams:
+            going = self.model.generate(
+                stats.Ledger(), ids, 400, modeling_drafter.BeamShape(beams, 1 + DRAFTS),
+                recurrent_drafting.SamplingArgs(1.0, True), special,
+            )  # fmt: skip
+        else:
+            going = autoregressive.generate(self.model, ids, 400, special)
+        next(going)
+        times = []
+        for _ in range(steps):
+            start = time.process_time()
+            next(going)
+            times.append(time.process_time() - start)
+        return statistics.median(times[1:]) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--heads", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--apple", action="store_true", help="measure Apple's package in turn")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -88,10 +143,11 @@ def main() -> None:
     base_bytes = 4 * (sum(p.numel() for p in model.parameters()) - V * H)  # the embedding is read by rows
     variants: dict[tuple[str, str], DraftModel] = {}
     floors: dict[tuple[str, str], float] = {}
-    for name, shape in SHAPES.items():
+    apple = Apple(model, head(model, {})) if args.apple else None
+    for name in args.heads:
         for eight in (False, True):
             for beams in (1, 4):
-                made = head(model, shape)
+                made = head(model, SHAPES[name])
                 key = (f"{name}, {'int8' if eight else 'float32'}", f"{beams}x{1 + DRAFTS}")
                 floors[key] = 1 + DRAFTS * read_bytes(made, beams, eight=eight) / base_bytes
                 variants[key] = draft_model(made, model.embed.weight, DRAFTS, num_beams=beams, in_eight_bit=eight)
@@ -100,7 +156,11 @@ def main() -> None:
     for batch in args.batch:
         plain: list[float] = []
         taken: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
+        theirs: dict[int, list[float]] = {beams: [] for beams in (0, 1, 4)}
         for _ in range(args.repeats):
+            for beams, times in theirs.items():
+                if apple:
+                    times.append(apple.step_ms(beams, batch, args.steps))
             plain.append(step_ms(model, None, batch, args.steps))
             for key, draft in variants.items():
                 taken[key].append(step_ms(model, draft, batch, args.steps))
@@ -110,6 +170,10 @@ def main() -> None:
             print(
                 f"| {key[0]} | {key[1]} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} | {floors[key]:.2f} |"
             )
+        for beams, times in theirs.items() if apple else ():
+            ratio = statistics.median(a / b for a, b in zip(times, theirs[0], strict=True))
+            name = f"{beams}x{1 + DRAFTS}" if beams else "autoregressive"
+            print(f"| Apple's package | {name} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} | |")
 
 
 if __name__ == "__main__":

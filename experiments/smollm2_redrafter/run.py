@@ -42,11 +42,13 @@ from omr.nn.loader import load
 from omr.solve.prompt import PROMPTS, render
 
 BENCHMARK = Path(__file__).parents[2] / "omr" / "assets" / "benchmarks" / "gsm8k.jsonl"
-GAP_BOUND = 0.5
-"""Most by which the base's float32 logits may prefer a token at which a bfloat16 text parts from plain decoding."""
+GAP_BOUND = 0.7
+"""Most by which the base's float32 logits may prefer one token to the other where a bfloat16 text parts from plain
+decoding: six standard deviations of the error of such a gap in bfloat16 (0.115 on GSM8K text)."""
 SPEED_PROMPTS = {1: 8, 4: 24, 12: 72, 32: 192}
 """Prompts answered per batch size: a second or two each."""
 TRIAL_STEPS = 60
+AGREEMENT_TEXTS = 200
 
 
 class Study:
@@ -137,8 +139,16 @@ class Subject:
     # stages
 
     def solve_training(self) -> list[Document]:
-        """Greedy solutions of the training problems, as many as the clock allows."""
-        got = self.write(self.train_prompts, self.args.generate_batch, deadline_s=self.args.generate_s)
+        """Greedy solutions of the training problems, as many as the clock allows.
+
+        A batch is written to its end before the next begins: a prefill step of this model takes longer than a decode
+        step, and single prompts filling the rows that fall free would make every second step a prefill.
+        """
+        got, size = Written(), self.args.generate_batch
+        for start in range(0, len(self.train_prompts), size):
+            left = self.args.generate_s - got.seconds
+            if left > 0:
+                got.add(self.write(self.train_prompts[start : start + size], size, deadline_s=left), start)
         self.solved = {
             "problems": len(self.train_prompts),
             "solutions": len(got.tokens),
@@ -193,11 +203,12 @@ class Subject:
         return got.figures()
 
     def agree(self) -> dict[str, Any]:
-        found = divergences(self.float32(), self.prompts, self.plain, self.drafted)
+        few = {i: self.plain[i] for i in sorted(self.plain)[:AGREEMENT_TEXTS]}
+        found = divergences(self.float32(), self.prompts, few, self.drafted)
         gaps = sorted(d["gap"] for d in found)
         return {
-            "texts": len(self.plain),
-            "identical": len(self.plain) - len(found),
+            "texts": len(few),
+            "identical": len(few) - len(found),
             "bound": GAP_BOUND,
             "within_bound": sum(g <= GAP_BOUND for g in gaps),
             "largest_gap": gaps[-1] if gaps else 0.0,

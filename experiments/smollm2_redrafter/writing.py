@@ -28,6 +28,12 @@ class Written:
     all_tokens: int = 0
     counts: SpecCounts | None = None
 
+    def add(self, other: Written, start: int) -> None:
+        """Take in a later run, whose prompt 0 is number `start` here."""
+        self.tokens |= {start + i: tokens for i, tokens in other.tokens.items()}
+        for name in ("seconds", "decode_seconds", "decode_tokens", "decode_steps", "all_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def figures(self) -> dict[str, float]:
         result = {
             "tok_s": self.all_tokens / self.seconds,
