@@ -56,7 +56,7 @@ METRICS: dict[str, str] = {
     "accept/len_mean_tok": "mean acceptance length: 1 + accepted / drafts",
     "accept/pos{i}_marginal": "drafts whose token at position i was accepted, over all drafts",
     "accept/pos{i}_conditional": "the same over drafts accepted up to position i - 1",
-    "stage/{name}_s": "wall seconds of a stage: calibration, checkpoint, text, drafter, engine, server_start, generate, ..",
+    "stage/{name}_s": "wall seconds of a stage: calibration, checkpoint, text, drafter, engine, server_start, generate",
     "stage/{name}_reused": "1 when the stage's artifact was there already",
     "early_stop/cancelled": "generations cut off because the problem was done",
     "early_stop/not_started": "generations never begun because the problem was done",
