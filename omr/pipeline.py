@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from omr import dataset, source
+from omr import dataset, source, tracker
 from omr.artifact import content
 from omr.config import Config, home
 from omr.errors import ResourceError
@@ -57,6 +57,8 @@ def preflight(cfg: Config) -> None:
         raise ResourceError(f"cannot write in {home()} ({error.strerror}); set OMR_HOME to another folder") from None
     if (free := shutil.disk_usage(home()).free) < MIN_FREE_BYTES:
         raise ResourceError(f"{free / 1e9:.1f} GB free in {home()}, a run needs 1 GB; free some or set OMR_HOME")
+    if uri := cfg.tracking():
+        tracker.preflight(uri)
     if cfg.server.needs_weights:
         source.preflight(cfg.model, serves=cfg.job.serves)
     dataset.preflight(cfg.model.text)

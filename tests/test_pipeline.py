@@ -10,7 +10,7 @@ import pytest
 from omr import pipeline
 from omr.compose import plan
 from omr.config import Config
-from omr.errors import ConfigError, InputError, MissingBackend, OmrError, ResourceError
+from omr.errors import ConfigError, Failure, InputError, MissingBackend, OmrError, ResourceError
 from omr.sandbox.local import Local
 
 
@@ -56,6 +56,11 @@ def test_a_port_in_use_is_refused_before_anything_is_built() -> None:
         with pytest.raises(ResourceError, match=f"port {port} .*server.port"):
             pipeline.preflight(one("job=serve", f"server.port={port}"))
         pipeline.preflight(one("job=build", f"server.port={port}"))
+
+
+def test_a_tracking_server_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(Failure, match=r"MLflow at http://127.0.0.1:1 does not answer .*tracking_uri=null"):
+        pipeline.preflight(one("tracking_uri=http://127.0.0.1:1"))
 
 
 def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

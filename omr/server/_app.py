@@ -252,7 +252,7 @@ def _apply_template(tokenizer: Any, body: Generation) -> str:
         raise BadRequest("this model has no chat template; use /v1/completions")
     try:
         return str(tokenizer.apply_chat_template(body.messages, tokenize=False, **body.template_options))
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
 
 
