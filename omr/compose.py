@@ -86,6 +86,8 @@ def plan(overrides: list[str], *, multirun: bool) -> Plan:
     overrides = with_search_path(overrides)
     with one_line():
         parsed = OverridesParser.create().parse_overrides(overrides)
+    for override in parsed:
+        _check_group(override)
     plain = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
     swept = [o for o in parsed if o.is_sweep_override()]
     with _hydra():
@@ -101,7 +103,9 @@ def plan(overrides: list[str], *, multirun: bool) -> Plan:
             if not swept:
                 raise  # with a swept group, the part of the grid that does not vary need not compose alone
         if swept and not multirun:
-            raise ConfigError(f"{swept[0].input_line} lists several values; add --multirun to run them all")
+            raise ConfigError(
+                f"{swept[0].input_line} lists several values; add --multirun to run them all, or quote the commas"
+            )
         if not multirun:
             return Plan(*_cells([[o.input_line for o in parsed if o.input_line]], False))
         if target and not target.endswith("BasicSweeper"):  # an optimiser chooses the cells as it goes
@@ -109,6 +113,13 @@ def plan(overrides: list[str], *, multirun: bool) -> Plan:
         with one_line():
             grid = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()]) + parsed
             return Plan(*_cells(_expand(grid), True))
+
+
+def _check_group(override: Any) -> None:
+    """Raise ConfigError for a group without a choice (`quant=`, `quant=null`), which Hydra answers at length."""
+    group = override.key_or_group
+    if group in (*GROUPS, *VALUES, "experiment") and not override.is_delete() and override.value() in (None, ""):
+        raise ConfigError(f"{override.input_line}: {group} takes one of {', '.join(_choices(group))}")
 
 
 def _expand(grid: list[Any]) -> list[list[str]]:
@@ -172,13 +183,15 @@ def _explain(error: BaseException) -> str:
     text = "\n".join(str(e) for e in chain)
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not KEY=VALUE, +KEY=VALUE or ~KEY; quote what contains spaces or commas"
-    if found := re.search(r"Could not find '([^/']+)/([^']+)'", text):
+    if found := re.search(r"Could not find '([^']+)/([^/']+)'", text):
         group, choice = found.groups()
+        if group.startswith("hydra/"):
+            return f"{group}={choice}: no such choice; a plugin has to be installed (hydra-submitit-launcher for Slurm)"
         return f"{group}={choice}: no such choice{nearest(choice, _choices(group))}"
     if found := re.search(r"Could not override '([^'=]+)'\.\s+No match in the defaults list", text):
         return f"{found[1]}: no such group or key{nearest(found[1], _groups())}"
     if found := re.search(r"Key '([^']+)' (?:is )?not in (?:struct|'[^']+')\s*\n\s*full_key: (\S+)", text):
-        return f"{found[2]}: no such key{nearest(found[2], _keys(found[2]))}"
+        return f"{found[2]}: no such key{_owners(found[2]) or nearest(found[2], _keys(found[2]))}"
     if found := re.search(r"full_key: (\S+)", text):
         cause = next((str(e) for e in reversed(chain) if "full_key" in str(e)), text)
         return f"{found[1]}: {cause.splitlines()[0]}"
@@ -193,6 +206,13 @@ def _groups() -> list[str]:
 def _choices(group: str) -> list[str]:
     roots = [conf_dir(), *search_path()]
     return sorted({p.stem for root in roots for p in (root / group).glob("*.yaml")})
+
+
+def _owners(full_key: str) -> str:
+    """` here; drafter=redrafter has it`: the choices of the group whose option has the key, if any."""
+    group, _, key = full_key.partition(".")
+    having = sorted(name for (g, name), cls in discover().items() if g == group and key in _dotted(cls))
+    return f" in the {group} chosen; {group}={','.join(having)} has it" if having else ""
 
 
 def _keys(full_key: str) -> list[str]:

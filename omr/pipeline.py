@@ -23,11 +23,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omr import dataset, on_policy, source
-from omr.artifact import content, file_sha256, resume_folder
+from omr import dataset, on_policy, source, tracker
+from omr.artifact import MANIFEST, content, file_sha256, resume_folder
 from omr.benchmark import Problem
 from omr.config import Config, home
 from omr.errors import ResourceError
+from omr.machine import gpu_bytes, host_bytes
 from omr.option import discover
 from omr.process import check_port, run_verb
 from omr.run import Run
@@ -64,8 +65,11 @@ def preflight(cfg: Config) -> None:
         raise ResourceError(f"cannot write in {home()} ({error.strerror}); set OMR_HOME to another folder") from None
     if (free := shutil.disk_usage(home()).free) < MIN_FREE_BYTES:
         raise ResourceError(f"{free / 1e9:.1f} GB free in {home()}, a run needs 1 GB; free some or set OMR_HOME")
+    if uri := cfg.tracking():
+        tracker.preflight(uri)
     if cfg.server.needs_weights:
         source.preflight(cfg.model, serves=cfg.job.serves)
+        _require_room_to_make(cfg, device)
     dataset.preflight(cfg.model.text)
     cfg.benchmark.preflight()
     own = cfg.drafter.own_text() if cfg.job.serves or cfg.job.trains else None
@@ -79,6 +83,30 @@ def preflight(cfg: Config) -> None:
         cfg.server.preflight(_spec(_writer(cfg), device))
     if cfg.job.serves and cfg.server.needs_weights and cfg.server.port:
         check_port(cfg.server.host, cfg.server.port)
+
+
+def _require_room_to_make(cfg: Config, device: str) -> None:
+    """Raise ResourceError when the base does not fit where it is calibrated, or a drafter trained on it.
+
+    Once a checkpoint or drafter is in the store, made here or copied from a larger machine, nothing is said: whether it
+    is the one that this config wants is known only when the weights are here.
+    """
+    whole = cfg.job.needs_backend(cfg.server)  # then both are made on the way
+    makes = {
+        "checkpoint": f"quant={cfg.quant.option_name} calibrates"
+        if cfg.quant.calib_samples and (whole or cfg.job.option_name == "build")
+        else "",
+        "drafter": f"drafter={cfg.drafter.option_name} is trained"
+        if cfg.drafter.trained and (whole or cfg.job.option_name == "train")
+        else "",
+    }
+    needed, have = cfg.model.params_b * 2e9, gpu_bytes() if device == "cuda" else host_bytes()
+    for kind, what in makes.items():
+        if what and 0 < have < needed and not any((home() / "artifacts" / kind).glob(f"*/{MANIFEST}")):
+            raise ResourceError(
+                f"{what} on the whole model, {needed / 1e9:.0f} GB in bfloat16, and this machine's {device} memory is "
+                f"{have / 1e9:.0f} GB; make the {kind} on a larger one and copy artifacts/ here"
+            )
 
 
 def weights(run: Run) -> Made:

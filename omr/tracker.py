@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import time
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -98,6 +99,19 @@ METRICS: dict[str, str] = {
     "train/{name}": "what fine-tuning reports",
 }
 """Every metric that a run may log, with its meaning. Braces stand for a number or a name."""
+
+
+def preflight(uri: str) -> None:
+    """Refuse a tracking server that nobody listens at: MLflow itself would try again for minutes. Raises Failure."""
+    place = urllib.parse.urlsplit(uri)
+    if place.scheme not in ("http", "https"):
+        return
+    try:
+        port = place.port or (443 if place.scheme == "https" else 80)
+        with socket.create_connection((place.hostname or "", port), timeout=10):
+            pass
+    except (OSError, ValueError) as error:
+        raise Failure(f"MLflow at {uri} does not answer ({error}); set tracking_uri, or tracking_uri=null") from None
 
 
 class Tracker(Protocol):

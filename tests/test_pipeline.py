@@ -10,7 +10,7 @@ import pytest
 from omr import pipeline
 from omr.compose import plan
 from omr.config import Config
-from omr.errors import ConfigError, InputError, MissingBackend, OmrError, ResourceError
+from omr.errors import ConfigError, Failure, InputError, MissingBackend, OmrError, ResourceError
 from omr.sandbox.local import Local
 
 
@@ -56,6 +56,35 @@ def test_a_port_in_use_is_refused_before_anything_is_built() -> None:
         with pytest.raises(ResourceError, match=f"port {port} .*server.port"):
             pipeline.preflight(one("job=serve", f"server.port={port}"))
         pipeline.preflight(one("job=build", f"server.port={port}"))
+
+
+def test_a_tracking_server_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(Failure, match=r"MLflow at http://127.0.0.1:1 does not answer .*tracking_uri=null"):
+        pipeline.preflight(one("tracking_uri=http://127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(
+    ("job", "quant", "drafter", "says"),
+    [
+        ("build", "fp8", "none", "quant=fp8 calibrates on the whole model"),
+        ("train", "bf16", "redrafter", "drafter=redrafter is trained on the whole model"),
+        ("eval", "int8_wo", "redrafter", "drafter=redrafter is trained"),
+        ("build", "int8_wo", "redrafter", ""),
+    ],
+)
+def test_a_model_too_large_to_be_calibrated_or_trained_on(
+    job: str, quant: str, drafter: str, says: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "host_bytes", lambda: 8 << 30)
+    cfg = one(f"job={job}", f"quant={quant}", f"drafter={drafter}", "model.params_b=7")
+    if not says:
+        return pipeline.preflight(cfg)
+    with pytest.raises(ResourceError, match=f"{says}.* 14 GB in bfloat16, and this machine's cpu memory is 9 GB"):
+        pipeline.preflight(cfg)
+    kind = "checkpoint" if "quant" in says else "drafter"
+    (home / "artifacts" / kind / "0123").mkdir(parents=True)
+    (home / "artifacts" / kind / "0123" / "manifest.json").write_text("{}")
+    pipeline.preflight(cfg)
 
 
 def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

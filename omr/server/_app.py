@@ -269,7 +269,7 @@ def _apply_template(tokenizer: Any, body: Generation) -> str:
             options |= {"continue_final_message": True, "add_generation_prompt": False}
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
     return _body.encodable(text, "messages")
 

@@ -233,8 +233,10 @@ def chat(data: dict[str, Any], vocab_size: int) -> Generation:
             body.stop.append(CALL_END)
     fields.refuse("functions", [])
     fields.refuse("prompt_logprobs")
+    options = _Fields(fields.mapping("chat_template_kwargs"), "chat_template_kwargs.")
+    options.refuse("chat_template")  # a program of the client's, which would run in the event loop
     body.template_options = {
-        **fields.mapping("chat_template_kwargs"),
+        **options.data,
         "add_generation_prompt": fields.flag("add_generation_prompt", True),
         "continue_final_message": fields.flag("continue_final_message"),
     }

@@ -354,6 +354,7 @@ BAD_CHAT: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2},
     {"messages": [{"role": "user", "content": "x"}], "logprobs": 5},
     {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": []},
+    {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
     {
         "messages": [{"role": "user", "content": "x"}],
         "continue_final_message": True,
