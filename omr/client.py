@@ -84,6 +84,8 @@ class Stream(AsyncGenerator[Chunk, None]):
         """perf_counter() of the first token."""
         self.num_prompt_tokens = 0
         """As the server counts them, known at the end at the latest; 0 when it does not say."""
+        self.speculation: tuple[int, int, int] | None = None
+        """(drafts, draft tokens, accepted), known at the end; None when the server does not say."""
 
     async def asend(self, value: None) -> Chunk:
         chunk = await self._chunks.asend(value)
@@ -296,6 +298,7 @@ async def _chunks(body: AsyncIterable[bytes], stream: Stream) -> AsyncGenerator[
             if usage := event.get("usage"):
                 total = int(usage.get("completion_tokens") or 0)
                 stream.num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
+                stream.speculation = _speculation(usage) or stream.speculation
             for choice in event.get("choices") or ():
                 calls: Sequence[Any] = ()
                 text, thought = choice.get("text"), ""
@@ -328,6 +331,14 @@ def _delta(choice: Mapping[str, Any]) -> tuple[str, Sequence[Any], str]:
         calls if isinstance(calls, list) else (),
         thought if isinstance(thought, str) else "",
     )
+
+
+def _speculation(usage: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    details = usage.get("completion_tokens_details") or {}
+    if not details.get("drafts"):
+        return None
+    accepted, rejected = (int(details.get(f"{kind}_prediction_tokens") or 0) for kind in ("accepted", "rejected"))
+    return int(details["drafts"]), accepted + rejected, accepted
 
 
 class _Events:
