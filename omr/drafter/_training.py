@@ -165,7 +165,7 @@ class Training:
         states.cache = self._held_out_states
         with torch.no_grad():
             for step, i in enumerate(order):
-                self._forward(states.batch(step, [i]), [1] * self.option.predict_n, meter)
+                self._forward(states.batch(step, [i]), [1] * self.option.predict_n, meter, replay=True)
         return meter.read()
 
     def _states(self, documents: list[Document], steps: list[list[int]]) -> BaseStates:
@@ -198,7 +198,9 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         return loss, norm
 
-    def _forward(self, batch: Batch, normalisers: list[int], meter: DraftMeter | None) -> DraftLoss:
+    def _forward(
+        self, batch: Batch, normalisers: list[int], meter: DraftMeter | None, *, replay: bool = False
+    ) -> DraftLoss:
         low = self.how.precision.value == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             out = draft_loss(
@@ -213,7 +215,7 @@ class Training:
                 product_dtype=torch.bfloat16 if low else None,
             )
         if meter is not None:
-            meter.add(batch.targets, out)
+            meter.add(batch.targets, out, replay=replay)
         return out
 
     def _check(self, step: int, step_loss: Tensor, resume: Path) -> None:

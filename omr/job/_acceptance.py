@@ -64,19 +64,21 @@ def by_generation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def prediction(trained: Mapping[str, float], served: Mapping[str, float]) -> dict[str, float]:
     """What training predicted for drafts as long as those served, and served minus predicted; empty when unknown.
 
-    `trained` holds the drafter's `redrafter{i}_prefix`, `served` the metrics of `acceptance`.
+    `trained` holds the drafter's `redrafter{i}_prefix` and `_replay`, `served` the metrics of `acceptance`.
     """
     positions = sum(name.startswith("accept/pos") and name.endswith("_marginal") for name in served)
     prefixes = [trained.get(f"redrafter{i}_prefix") for i in range(positions)]
     known = [share for share in prefixes if share is not None]
     if not known or len(known) < positions or "accept/len_mean_tok" not in served:
         return {}
+    predicted, length = 1 + sum(known), served["accept/len_mean_tok"]
     metrics = {f"accept/pos{i}_predicted": share for i, share in enumerate(known, 1)}
-    predicted = 1 + sum(known)
-    return metrics | {
-        "accept/len_predicted_tok": predicted,
-        "accept/len_gap_tok": served["accept/len_mean_tok"] - predicted,
-    }
+    metrics |= {"accept/len_predicted_tok": predicted, "accept/len_gap_tok": length - predicted}
+    replays = [trained[name] for i in range(positions) if (name := f"redrafter{i}_replay") in trained]
+    if len(replays) == positions:
+        metrics |= {f"accept/pos{i}_replayed": share for i, share in enumerate(replays, 1)}
+        metrics |= {"accept/len_replayed_tok": 1 + sum(replays), "accept/len_replay_gap_tok": length - 1 - sum(replays)}
+    return metrics
 
 
 RAW = (("drafts", "drafts"), ("draft_tok", "tokens drafted"), ("accepted_tok", "accepted"))
@@ -102,6 +104,8 @@ def tables(metrics: Mapping[str, float]) -> list[str]:
         ("len_token_mean_tok", "mean over generations, weighted by their tokens"),
         ("len_predicted_tok", "predicted on held-out text when the drafter was trained"),
         ("len_gap_tok", "served minus predicted"),
+        ("len_replayed_tok", "replayed on the same text, step by step"),
+        ("len_replay_gap_tok", "served minus replayed"),
     ):
         if f"accept/{name}" in metrics:
             lines.append(f"| {what} | {metrics[f'accept/{name}']:.3f} |")
@@ -111,10 +115,13 @@ def tables(metrics: Mapping[str, float]) -> list[str]:
 
     positions = sum(name.startswith("accept/pos") and name.endswith("_marginal") for name in metrics)
     if positions:
-        lines += ["", "| draft position | accepted of all drafts | predicted | accepted if the one before was |"]
-        lines += ["| --- | ---: | ---: | ---: |"]
+        lines += [
+            "",
+            "| draft position | accepted of all drafts | predicted | replayed | accepted if the one before was |",
+        ]
+        lines += ["| --- | ---: | ---: | ---: | ---: |"]
         for i in range(1, positions + 1):
-            shares = (cell(f"accept/pos{i}_{kind}") for kind in ("marginal", "predicted", "conditional"))
+            shares = (cell(f"accept/pos{i}_{kind}") for kind in ("marginal", "predicted", "replayed", "conditional"))
             lines.append(f"| {i} | {' | '.join(shares)} |")
     sizes = sorted(
         int(name.removeprefix("accept/context").removesuffix("_drafts"))

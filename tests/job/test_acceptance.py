@@ -67,6 +67,8 @@ def test_prediction_is_for_the_positions_that_were_served() -> None:
     got = prediction(trained, served)
     assert got["accept/len_predicted_tok"] == pytest.approx(2.7) and got["accept/len_gap_tok"] == pytest.approx(-0.2)
     assert got["accept/pos2_predicted"] == 0.6 and "accept/pos4_predicted" not in got
+    replay = {f"redrafter{i}_replay": share for i, share in enumerate((0.7, 0.5, 0.25))}
+    assert prediction(trained | replay, served)["accept/len_replay_gap_tok"] == pytest.approx(0.05)
     assert prediction({}, served) == {} == prediction({"redrafter0_prefix": 0.8}, served) == prediction(trained, {})
 
 
@@ -74,6 +76,6 @@ def test_the_report_shows_served_beside_predicted() -> None:
     served = acceptance(counted())
     lines = tables(served | prediction({f"redrafter{i}_prefix": 0.5 for i in range(3)}, served))
     assert "4 drafts, 12 tokens drafted, 6 accepted." in lines
-    assert "| served minus predicted | 0.000 |" in lines and "| 2 | 0.500 | 0.500 | 0.667 |" in lines
+    assert "| served minus predicted | 0.000 |" in lines and "| 2 | 0.500 | 0.500 | - | 0.667 |" in lines
     assert "| 1 to 256 | 2 | 3.000 | 0.667 |" in lines and "| 4097 to 8192 | 1 | 3.000 | 0.667 |" in lines
     assert tables({"accept/drafts": 0.0}) == []
