@@ -29,8 +29,8 @@ def conclude(
     """Grade every row of `records`, cast the votes, write all files of the evaluation into `folder`.
 
     Rows gain `predicted_answer` (taken anew from the text), `symbolic_correct` and `graded_by`, and `judge_correct` and
-    `judgement` where the judge's word counts; without an expected answer only the first. `trained` is what the drafter's
-    training reported. Returns the metrics.
+    `judgement` where the judge's word counts; without an expected answer only the first. `trained` is what training
+    reported of the drafter. Returns the metrics.
     """
     for record in records:
         judged = {judgement["answer"]: judgement for judgement in record.judgements}
