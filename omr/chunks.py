@@ -36,6 +36,8 @@ class Reader:
         """perf_counter() of the first token."""
         self.num_prompt_tokens = 0
         """As the server counts them, known at the end at the latest; 0 when it does not say."""
+        self.speculation: tuple[int, int, int] | None = None
+        """(drafts, draft tokens, accepted), known at the end; None when the server does not say."""
         self._held = b""
         self._done = self._finished = False
         self._broken: StreamDropped | None = None
@@ -74,6 +76,7 @@ class Reader:
         if usage := event.get("usage"):
             self._total = int(usage.get("completion_tokens") or 0)
             self.num_prompt_tokens = int(usage.get("prompt_tokens") or 0)
+            self.speculation = _speculation(usage) or self.speculation
         for choice in event.get("choices") or ():
             calls: Sequence[Any] = ()
             text, thought = choice.get("text"), ""
@@ -114,6 +117,14 @@ def _delta(choice: Mapping[str, Any]) -> tuple[str, Sequence[Any], str]:
         calls if isinstance(calls, list) else (),
         thought if isinstance(thought, str) else "",
     )
+
+
+def _speculation(usage: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    details = usage.get("completion_tokens_details") or {}
+    if not details.get("drafts"):
+        return None
+    accepted, rejected = (int(details.get(f"{kind}_prediction_tokens") or 0) for kind in ("accepted", "rejected"))
+    return int(details["drafts"]), accepted + rejected, accepted
 
 
 def _sound(text: str) -> str:

@@ -74,6 +74,11 @@ class Stream(AsyncGenerator[Chunk, None]):
         """As the server counts them, known at the end at the latest; 0 when it does not say."""
         return self.reader.num_prompt_tokens
 
+    @property
+    def speculation(self) -> tuple[int, int, int] | None:
+        """(drafts, draft tokens, accepted), known at the end; None when the server does not say."""
+        return self.reader.speculation
+
     def __anext__(self) -> Coroutine[Any, Any, Chunk]:
         return self._chunks.__anext__()
 

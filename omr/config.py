@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from omr.benchmark import Benchmark
 from omr.drafter import Drafter
 from omr.errors import ConfigError
+from omr.extra_trackers import Extra
 from omr.job import Job
 from omr.machine import has_gpu
 from omr.model import Model
@@ -58,6 +59,8 @@ class Config:
     """Run a cell of a sweep again although the study has a finished run of the same config."""
     tracking_uri: str | None = "sqlite"
     """An MLflow URI; `sqlite` is mlflow.db in OMR_HOME; null tracks nothing."""
+    also_track: list[Extra] = field(default_factory=list)
+    """`tensorboard` and `wandb` get the same params, metrics and curves; see omr/extra_trackers.py."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.study):

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omr import dataset, on_policy, source, tracker
+from omr import dataset, extra_trackers, on_policy, source, tracker
 from omr.artifact import MANIFEST, content, file_sha256, resume_folder
 from omr.benchmark import Problem
 from omr.config import Config, home
@@ -57,6 +57,7 @@ def preflight(cfg: Config) -> None:
     """
     device = cfg.device_name()
     cfg.job.preflight(cfg)
+    extra_trackers.require(cfg.also_track)
     try:
         home().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home()):

@@ -28,6 +28,7 @@ from omr import __version__, source
 from omr.artifact import Artifact, Store, content, key_of
 from omr.config import Config, home
 from omr.errors import OmrError, Terminated
+from omr.extra_trackers import with_extras
 from omr.option import GROUPS, fields_of
 from omr.tracker import MlflowTracker, RecordingTracker, Status, Tracker
 
@@ -123,11 +124,16 @@ def _local_files(cfg: Config) -> dict[str, str]:
         "benchmark": cfg.benchmark.local_file(),
         **cfg.job.local_files(),
     }
+    own = cfg.drafter.own_text()
+    if own and own.problems:
+        places["own_text"] = Path(own.problems).expanduser()
     found = {}
     for name, place in places.items():
         if place is not None and place.exists():
             files = sorted(place.iterdir()) if place.is_dir() else [place]
             found[name] = json.dumps([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+        elif place is not None:
+            found[name] = str(place)  # the name of something shipped
     return found
 
 
@@ -152,6 +158,7 @@ def open_run(
         tracker = RecordingTracker()
     else:
         tracker = MlflowTracker(uri, cfg.study, run_name(chosen), home=home(), parent_id=parent_id)
+    tracker = with_extras(tracker, cfg.also_track, study=cfg.study, name=run_name(chosen), folder=folder, home=home())
     run = Run(cfg, folder, Store(home() / "artifacts"), tracker, fingerprint(cfg), chosen)
     run.store.notice = run.say
     try:

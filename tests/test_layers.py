@@ -28,6 +28,7 @@ RANKS: dict[str, int] = {
     "omr.sampling": 1,
     "omr.stats": 1,
     "omr.text": 1,
+    "omr.extra_trackers": 1,
     "omr.hub": 1,
     "omr.interrupt": 1,
     "omr.checkpoint": 1,

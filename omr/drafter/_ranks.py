@@ -63,6 +63,11 @@ class Ranks:
             return float(shared.item())
         return value
 
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        if self.world > 1:
+            dist.barrier()
+
     def sum_gradients(self, parameters: Sequence[Tensor], loss: Tensor) -> None:
         """Add up gradients (missing ones are zero) and the loss over all ranks, in place."""
         if self.world == 1:

@@ -21,10 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from omr.artifact import key_of
 from omr.drafter._base_states import BaseStates, Batch
 from omr.drafter._documents import Document, plan
 from omr.drafter._draft_meter import DraftMeter
 from omr.drafter._ranks import Ranks
+from omr.drafter._state_cache import StateCache
 from omr.drafter._training_state import Progress, load_state, save_state
 from omr.errors import TrainingError
 from omr.nn.draft_loss import DraftLoss, draft_loss
@@ -67,6 +69,7 @@ class Training:
             self.parameters, lr=self.how.lr, weight_decay=self.how.weight_decay, fused=True
         )
         self.progress = Progress({})
+        self._held_out_states: StateCache | None = None
         self._losses: list[Tensor] = []  # since the last line of the curve
         self._saved_at = time.monotonic()
 
@@ -76,6 +79,8 @@ class Training:
         total = len(self.steps)
         if load_state(resume, self.progress, self.drafter, self.optimiser) and self.ranks.rank == 0:
             print(f"drafter training goes on from step {self.progress.step} of {total}", file=sys.stderr)
+        if self.how.cache_states:
+            self._cache(resume / f"states-{key_of('states', recipe, {})}")
         self._saved_at = time.monotonic()
         quiet = self.ranks.rank > 0
         bar = tqdm(
@@ -157,14 +162,22 @@ class Training:
         meter = DraftMeter(self.option.predict_n, self.device)
         order = sorted(range(len(self.held_out)), key=lambda i: len(self.held_out[i].ids))
         states = self._states(self.held_out, [[i] for i in order])
+        states.cache = self._held_out_states
         with torch.no_grad():
             for step, i in enumerate(order):
-                self._forward(states.batch(step, [i]), [1] * self.option.predict_n, meter)
+                self._forward(states.batch(step, [i]), [1] * self.option.predict_n, meter, replay=True)
         return meter.read()
 
     def _states(self, documents: list[Document], steps: list[list[int]]) -> BaseStates:
         n, tokens = self.option.predict_n, self.how.forward_tok
         return BaseStates(self.base, documents, steps, predict_n=n, forward_tok=tokens)
+
+    def _cache(self, folder: Path) -> None:
+        """Have all states on disk, where a killed training finds them again."""
+        tokens = self.how.forward_tok
+        self.states.cache = StateCache(self.base, self.kept, folder / "train", tokens).fill(self.ranks, "training")
+        held_out = StateCache(self.base, self.held_out, folder / "held_out", tokens)
+        self._held_out_states = held_out.fill(self.ranks, "held-out")
 
     def _mine(self, step: list[list[int]]) -> list[list[int]]:
         """The micro-batches of a step that this rank computes."""
@@ -185,7 +198,9 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         return loss, norm
 
-    def _forward(self, batch: Batch, normalisers: list[int], meter: DraftMeter | None) -> DraftLoss:
+    def _forward(
+        self, batch: Batch, normalisers: list[int], meter: DraftMeter | None, *, replay: bool = False
+    ) -> DraftLoss:
         low = self.how.precision.value == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             out = draft_loss(
@@ -200,7 +215,7 @@ class Training:
                 product_dtype=torch.bfloat16 if low else None,
             )
         if meter is not None:
-            meter.add(batch.targets, out)
+            meter.add(batch.targets, out, replay=replay)
         return out
 
     def _check(self, step: int, step_loss: Tensor, resume: Path) -> None:

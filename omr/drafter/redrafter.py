@@ -95,6 +95,9 @@ class Train:
     """Forwards per optimiser step, over all processes. The pipeline's step is 1 document x 4 on each of 2 GPUs."""
     forward_tok: int = 8192
     """Tokens per forward of the base, padding included, and of hidden states kept ahead of their step."""
+    cache_states: bool = False
+    """Compute the base's hidden states once, before training, and read them from disk after that: for several epochs or
+    frequent measurements. Takes hidden_size x 2 bytes a token (4 on CPU) while training."""
     start: Start = Start.base
     """base: output matrix and scale of the state start from the base's own; random: as in the reference."""
     lr: float = 1e-3

@@ -181,7 +181,11 @@ class Engine:
         seq = drawn.seq
         request = seq.request
         if drawn.drafted:
-            self._count(drawn.drafted, len(drawn.tokens) - 1)
+            accepted = len(drawn.tokens) - 1
+            self.counts.count(len(seq.tokens), drawn.drafted, accepted)
+            seq.num_drafts += 1
+            seq.num_draft_tokens += drawn.drafted
+            seq.num_accepted_tokens += accepted
         tokens, reason, stopped_by = drawn.tokens[: seq.max_len - len(seq.tokens)], None, None
         for index, token in enumerate(tokens):
             if token in request.stop_token_ids or (token in self.eos_token_ids and not request.ignore_eos):
@@ -201,11 +205,7 @@ class Engine:
             finish_reason=reason,
             stop_token_id=stopped_by,
             num_cached_tokens=seq.num_cached,
+            num_drafts=seq.num_drafts,
+            num_draft_tokens=seq.num_draft_tokens,
+            num_accepted_tokens=seq.num_accepted_tokens,
         )
-
-    def _count(self, drafted: int, accepted: int) -> None:
-        self.counts.drafts += 1
-        self.counts.draft_tokens += drafted
-        self.counts.accepted_tokens += accepted
-        for position in range(accepted):
-            self.counts.accepted_per_pos[position] += 1

@@ -84,6 +84,12 @@ class Output:
     """The end-of-text or stop token that ended it."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values were found in the cache."""
+    num_drafts: int = 0
+    """Of the request so far: its steps that had a draft, ..."""
+    num_draft_tokens: int = 0
+    """... the tokens drafted ..."""
+    num_accepted_tokens: int = 0
+    """... and those accepted."""
 
 
 class Sequence:
@@ -112,6 +118,8 @@ class Sequence:
         """Row of the runner's per-sequence buffers, -1 while waiting."""
         self.decoding = False
         """Whether its prefill is done."""
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        """See Output."""
 
     @property
     def num_output(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omr.job._acceptance import prediction
 from omr.job._judging import When
 from omr.job._report import METRICS, PROBLEMS, REPORT, write_metrics, write_problems, write_report
 from omr.job._score import Record, Row, score
@@ -23,11 +24,13 @@ def conclude(
     grader: Grader,
     by: Weight,
     counts: SpecCounts | None = None,
+    trained: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Grade every row of `records`, cast the votes, write all files of the evaluation into `folder`.
 
     Rows gain `predicted_answer` (taken anew from the text), `symbolic_correct` and `graded_by`, and `judge_correct` and
-    `judgement` where the judge's word counts; without an expected answer only the first. Returns the metrics.
+    `judgement` where the judge's word counts; without an expected answer only the first. `trained` is what training
+    reported of the drafter. Returns the metrics.
     """
     for record in records:
         judged = {judgement["answer"]: judgement for judgement in record.judgements}
@@ -39,6 +42,7 @@ def conclude(
                 _take_judgement(row, judged.get(row["predicted_answer"]))
         record.cast_vote(by)
     metrics = score(records, counts, num_gpus=int(about.get("GPUs") or 0))
+    metrics |= prediction(trained or {}, metrics)
     write_rows(folder / SAMPLES, [row for record in records for row in record.rows])
     write_problems(records, folder / PROBLEMS)
     write_metrics(metrics, about, records, folder / METRICS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omr.errors import InputError
+from omr.job._acceptance import tables
 from omr.job._opinions import opinion_lines
 from omr.job._score import Record
 from omr.solve.vote import TIE_RULE
@@ -128,8 +129,9 @@ def write_report(metrics: Mapping[str, float], about: Mapping[str, Any], records
     lines += [
         f"| {name} | {value:,.4g} |"
         for name, value in sorted(metrics.items())
-        if name.split("/")[0] in ("latency", "throughput", "accept", "tool")
+        if name.split("/")[0] in ("latency", "throughput", "tool")
     ]
+    lines += tables(metrics)
     lines += ["", "## How problems ended", "", *_endings(metrics, records)]
     lines += opinion_lines(metrics)
     wrong = [r for r in records if r.answer_right is False]

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from omr import stats
+from omr.job._acceptance import acceptance, by_generation
 from omr.job._opinions import second_opinions
 from omr.server import SpecCounts
 from omr.solve.answer import vote_key
@@ -122,6 +123,7 @@ def score(records: Sequence[Record], counts: SpecCounts | None = None, *, num_gp
             if num_gpus:
                 metrics["throughput/solved_per_gpu_hour"] = metrics["throughput/solved_per_hour"] / num_gpus
     if rows:
+        metrics |= by_generation(rows)
         metrics |= conduct(rows) | speed(rows, sum(r.spent_tok for r in records), wall)
     metrics["early_stop/cancelled"] = sum(r.cancelled for r in records)
     metrics["early_stop/not_started"] = sum(r.not_started for r in records)
@@ -218,24 +220,3 @@ def busy_seconds(records: Sequence[Record], *, selecting: bool = False) -> float
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
     return busy
-
-
-def acceptance(counts: SpecCounts) -> dict[str, float]:
-    """Rates from raw counts: marginal is over all drafts, conditional over those accepted up to the position before."""
-    metrics: dict[str, float] = {
-        "accept/drafts": counts.drafts,
-        "accept/draft_tok": counts.draft_tokens,
-        "accept/accepted_tok": counts.accepted_tokens,
-    }
-    if not counts.drafts:
-        return metrics
-    metrics["accept/len_mean_tok"] = 1 + counts.accepted_tokens / counts.drafts
-    if counts.draft_tokens:
-        metrics["accept/rate"] = counts.accepted_tokens / counts.draft_tokens
-    before = counts.drafts
-    for position, accepted in enumerate(counts.accepted_per_pos, 1):
-        metrics[f"accept/pos{position}_marginal"] = accepted / counts.drafts
-        if before:
-            metrics[f"accept/pos{position}_conditional"] = accepted / before
-        before = accepted
-    return metrics

@@ -185,7 +185,7 @@ class Eval(Job):
                 run.say(f"resuming: {len(samples.rows)} generations of {len(problems)} problems are done already")
             records, counts = self.solve(run, problems, samples, grader)
             with run.stage("grade"):
-                metrics = conclude(run.folder, about(run, planned), records, grader, self.vote, counts)
+                metrics = conclude(run.folder, about(run, planned), records, grader, self.vote, counts, run.metrics)
             if samples.folder != run.folder:
                 for name in (TRANSCRIPTS, SELECTIONS, JUDGEMENTS):
                     if (samples.folder / name).exists():

@@ -58,6 +58,9 @@ class SpecCounts:
     accepted_tokens: int = 0
     accepted_per_pos: list[int] = field(default_factory=list)
     """Draft tokens accepted at position i; `drafts` is the denominator of the marginal rate."""
+    by_context: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    """(drafts, draft tokens, accepted) of steps whose sequence was up to so many tokens long and over half as many;
+    see `context_bucket`. Empty where the server does not tell."""
 
     def __sub__(self, before: SpecCounts) -> SpecCounts:
         was = before.accepted_per_pos + [0] * (len(self.accepted_per_pos) - len(before.accepted_per_pos))
@@ -66,7 +69,31 @@ class SpecCounts:
             draft_tokens=self.draft_tokens - before.draft_tokens,
             accepted_tokens=self.accepted_tokens - before.accepted_tokens,
             accepted_per_pos=[now - then for now, then in zip(self.accepted_per_pos, was, strict=True)],
+            by_context={
+                size: (now[0] - then[0], now[1] - then[1], now[2] - then[2])
+                for size, now in self.by_context.items()
+                if (then := before.by_context.get(size, (0, 0, 0))) != now
+            },
         )
+
+    def count(self, context_tok: int, drafted: int, accepted: int) -> None:
+        """Add one step of a sequence of `context_tok` tokens."""
+        self.drafts += 1
+        self.draft_tokens += drafted
+        self.accepted_tokens += accepted
+        for position in range(accepted):
+            self.accepted_per_pos[position] += 1
+        size = context_bucket(context_tok)
+        drafts, draft_tok, accepted_tok = self.by_context.get(size, (0, 0, 0))
+        self.by_context[size] = drafts + 1, draft_tok + drafted, accepted_tok + accepted
+
+
+SMALLEST_BUCKET_TOK = 256
+
+
+def context_bucket(context_tok: int) -> int:
+    """The power of two, at least 256, that a context of so many tokens fits in."""
+    return max(SMALLEST_BUCKET_TOK, 1 << (context_tok - 1).bit_length())
 
 
 @dataclass(kw_only=True)

@@ -34,6 +34,8 @@ class Choice:
         self.num_tokens = 0
         self.num_cached = 0
         """Prompt tokens that the engine found in its cache."""
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        """Speculative steps, and the tokens drafted and accepted in them."""
         self.finish_reason: str | None = None
         self.text_length = 0
         """Characters given out so far: where the next token's text begins."""
@@ -52,6 +54,8 @@ class Choice:
         assert not self.finished, f"choice {self.index} got tokens after {self.finish_reason}"
         delta = self._pending
         self.num_cached = max(self.num_cached, output.num_cached_tokens)
+        self.num_drafts = output.num_drafts
+        self.num_draft_tokens, self.num_accepted_tokens = output.num_draft_tokens, output.num_accepted_tokens
         for i, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
             delta.token_ids.append(token_id)
@@ -102,12 +106,21 @@ class Answer:
 
     def usage(self, choices: Sequence[Choice], num_prompt_tokens: int) -> dict[str, Any]:
         written = sum(c.num_tokens for c in choices)
-        return {
+        usage = {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": written,
             "total_tokens": num_prompt_tokens + written,
             "prompt_tokens_details": {"cached_tokens": sum(c.num_cached for c in choices)},
         }
+        drafts = sum(c.num_drafts for c in choices)
+        if drafts and all(c.finished for c in choices):  # the first two are OpenAI's names, `drafts` is ours
+            accepted = sum(c.num_accepted_tokens for c in choices)
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": accepted,
+                "rejected_prediction_tokens": sum(c.num_draft_tokens for c in choices) - accepted,
+                "drafts": drafts,
+            }
+        return usage
 
     def whole(self, choices: Sequence[Choice], num_prompt_tokens: int) -> dict[str, Any]:
         parts = []

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from omr.server import SpecCounts
-from omr.server._prometheus import Histogram, histogram, metric, sample
+from omr.server._prometheus import BY_CONTEXT, Histogram, histogram, metric, sample
 
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
@@ -66,8 +66,17 @@ class Metrics:
                     "Drafted tokens accepted at each position.",
                     [sample(name, n, {**who, "position": str(i)}) for i, n in enumerate(spec.accepted_per_pos)],
                 ),
+                *(_by_context(place, kind, spec, who) for place, kind in enumerate(BY_CONTEXT)),
             ]
         return "".join(parts)
+
+
+def _by_context(place: int, kind: str, spec: SpecCounts, who: dict[str, str]) -> str:
+    """One counter of `SpecCounts.by_context`; the label is the longest context of its bucket, and not cumulative."""
+    name = f"omr:spec_decode_num_{kind}_by_context_total"
+    rows = sorted(spec.by_context.items())
+    about = f"Of the {kind.replace('_', ' ')}, those of sequences up to `context` tokens long and over half as long."
+    return metric(name, "counter", about, [sample(name, n[place], {**who, "context": str(size)}) for size, n in rows])
 
 
 def _one(name: str, kind: str, about: str, value: float, labels: dict[str, str]) -> str:

@@ -86,9 +86,14 @@ def _unescape(match: re.Match[str]) -> str:
     return "\n" if match[1] == "n" else match[1]
 
 
+BY_CONTEXT = ("drafts", "draft_tokens", "accepted_tokens")
+"""The counters that the native server gives by context length as well, in the order of `SpecCounts.by_context`."""
+
+
 def spec_counts(text: str, prefix: str) -> SpecCounts | None:
     """vLLM's four speculation counters under `prefix`, summed over engines; None when the page has none of them."""
     totals: dict[str, float] = {}
+    contexts: dict[int, list[int]] = {}
     per_pos: dict[int, float] = {}
     for one in read(text):
         if not one.name.startswith(prefix):
@@ -97,6 +102,9 @@ def spec_counts(text: str, prefix: str) -> SpecCounts | None:
         if name == "accepted_tokens_per_pos":
             position = int(one.labels.get("position", "0"))
             per_pos[position] = per_pos.get(position, 0) + one.value
+        elif name.endswith("_by_context"):
+            row = contexts.setdefault(int(one.labels["context"]), [0, 0, 0])
+            row[BY_CONTEXT.index(name.removesuffix("_by_context"))] += int(one.value)
         else:
             totals[name] = totals.get(name, 0) + one.value
     if "drafts" not in totals:
@@ -106,4 +114,5 @@ def spec_counts(text: str, prefix: str) -> SpecCounts | None:
         draft_tokens=int(totals.get("draft_tokens", 0)),
         accepted_tokens=int(totals.get("accepted_tokens", 0)),
         accepted_per_pos=[int(per_pos.get(i, 0)) for i in range(max(per_pos, default=-1) + 1)],
+        by_context={size: (row[0], row[1], row[2]) for size, row in sorted(contexts.items())},
     )

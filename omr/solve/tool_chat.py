@@ -118,7 +118,7 @@ class ToolChat(Transcript):
                             break
         finally:
             self.text += "".join(pieces)
-            event = self._wrote(start, sent, first, tokens, reason, seed)
+            event = self._wrote(stream, start, sent, first, tokens, reason, seed)
             if thought:
                 event["reasoning"] = "".join(thought)
         if stream.num_prompt_tokens:

@@ -38,6 +38,7 @@ MAX_DROPS = 3
 MAX_STRAY_STOPS = 16
 """End tags without a begin (an ordinary fence in Markdown) that are passed over."""
 OUTPUT_CUT = "<output cut>"
+SPECULATION = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
 
 @dataclass(kw_only=True)
@@ -66,6 +67,8 @@ class Transcript:
     """Appended by the harness."""
     rounds: int = 0
     """Requests sent."""
+    speculation: tuple[int, ...] = (0, 0, 0)
+    """Drafts, tokens drafted, tokens accepted, as the server tells; zeros when it does not."""
     code_runs: int = 0
     code_errors: int = 0
     code_timeouts: int = 0
@@ -218,7 +221,7 @@ class Transcript:
                             break
         finally:
             self.text += "".join(pieces)
-            event = self._wrote(start, sent, first, tokens, reason, seed)
+            event = self._wrote(stream, start, sent, first, tokens, reason, seed)
             event["stop_reason"] = named if isinstance(named, str | int | None) else str(named)
         if found == "tag":
             at = self.text.index(end, start) + len(end)  # an engine may run past the tag
@@ -234,10 +237,12 @@ class Transcript:
         return "length" if reason == "length" else "stop"
 
     def _wrote(
-        self, start: int, sent: float, first: float | None, tokens: int, reason: str | None, seed: int
+        self, stream: Any, start: int, sent: float, first: float | None, tokens: int, reason: str | None, seed: int
     ) -> dict[str, Any]:
         """Record a request that was sent at `sent`, got its first token at `first` and has ended now."""
         took = self._now()
+        told = getattr(stream, "speculation", None) or (0, 0, 0)
+        self.speculation = tuple(a + b for a, b in zip(self.speculation, told, strict=True))
         if self.ttft_s is None and first is not None:
             self.ttft_s = first - sent
         if first is not None and tokens > 1:
@@ -369,6 +374,7 @@ class Transcript:
             "num_generated_tokens": self.num_tokens,
             "num_tool_tokens": self.tool_tokens,
             "num_prompt_tokens": self.prompt_tokens,
+            **dict(zip(SPECULATION, self.speculation, strict=True)),
             "generation_start_time": self.started,
             "generation_end_time": self.ended,
             "generation_time": self.seconds,

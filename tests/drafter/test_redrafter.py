@@ -52,6 +52,8 @@ def test_training_learns_and_reports(trained: tuple[Path, dict[str, float]], bas
     assert metrics["redrafter0_top1"] > 0.1 and metrics["redrafter0_loss"] < 4.2  # log(128) = 4.85
     prefixes = [metrics[f"redrafter{i}_prefix"] for i in range(3)]
     assert metrics["predicted_len_mean_tok"] == pytest.approx(1 + sum(prefixes))
+    replays = [metrics[f"redrafter{i}_replay"] for i in range(3)]
+    assert metrics["replayed_len_mean_tok"] == pytest.approx(1 + sum(replays)) and replays == sorted(replays)[::-1]
     config = json.loads((out / "config.json").read_text())
     assert config["predict_n"] == 3 and config["exit_dim"] == 64 and config["rnn"] is True
     assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "curve.jsonl"}

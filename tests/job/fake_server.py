@@ -61,6 +61,9 @@ class FakeServer:
                 "choices": [{"index": 0, "finish_reason": ended, "stop_reason": None, **said}],
                 "usage": {"prompt_tokens": 7, "completion_tokens": count},
             }
+            if ended:  # as in METRICS
+                drafted = {"drafts": 10, "accepted_prediction_tokens": 15, "rejected_prediction_tokens": 15}
+                event["usage"] |= {"completion_tokens_details": drafted}
             handler.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         if isinstance(text, Cut):
             handler.close_connection = True

@@ -45,6 +45,7 @@ def test_an_evaluation_from_end_to_end(evaluate: Evaluate, tmp_path: Path) -> No
     assert got["accuracy/pass_at_1_low"] <= score <= got["accuracy/pass_at_1_high"]
     assert got["tool/executions_per_generation"] == 1 and got["accuracy/no_answer"] == 0
     assert got["accept/rate"] == pytest.approx(0.5) and got["accept/len_mean_tok"] == pytest.approx(2.5)
+    assert got["accept/len_request_mean_tok"] == got["accept/len_token_mean_tok"] == pytest.approx(2.5)
     assert all(known(name) for name in got), [name for name in got if not known(name)]
 
     rows = intact_rows(run.folder / "samples.jsonl", strict=True)

@@ -114,7 +114,8 @@ def test_greedy_text_is_the_engines_tokens_decoded(model: Any, tokenizer: Any, s
     want = {p: alone(model, tokenizer.backend_tokenizer.encode(p).ids, GREEDY) for p in PROMPTS}
 
     async def test(client: Client, server: Live, engine: Engine) -> None:
-        done = await asyncio.gather(*(client.stream_completion(p, GREEDY).read() for p in PROMPTS))
+        streams = [client.stream_completion(p, GREEDY) for p in PROMPTS]
+        done = await asyncio.gather(*(stream.read() for stream in streams))
         for prompt, got in zip(PROMPTS, done, strict=True):
             assert got.text == shown(vocabulary, want[prompt])
             assert got.num_tokens == len(want[prompt]) + (got.finish_reason == "stop")
@@ -122,6 +123,10 @@ def test_greedy_text_is_the_engines_tokens_decoded(model: Any, tokenizer: Any, s
         counts = Native().spec_counts(await client.metrics())
         if speculate:
             assert counts == engine.counts and counts.accepted_tokens > 0
+            told = [stream.speculation for stream in streams]
+            each = (counts.drafts, counts.draft_tokens, counts.accepted_tokens)
+            assert tuple(map(sum, zip(*told, strict=True))) == each and None not in told
+            assert tuple(map(sum, zip(*counts.by_context.values(), strict=True))) == each
         else:
             assert counts is None
 
