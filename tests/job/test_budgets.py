@@ -42,21 +42,20 @@ def lasted(row: dict[str, str]) -> float:
 
 
 def test_what_a_problem_saves_a_later_one_may_use(evaluate: Evaluate, tmp_path: Path) -> None:
-    """0.6 s a problem and at most 0.5 s more: 1.0 s fit after a quick problem, 5 s never do, 1.0 s not without."""
-    with serving(slow({1: 0.9, 2: 5.0, 3: 0.9})) as server:
+    """2 s a problem and at most 2 s more: 2.5 s fit after a quick problem, 30 s never do, 2.5 s not without savings."""
+    with serving(slow({1: 2.5, 2: 30.0, 3: 2.5})) as server:
         run, _ = evaluate(
             server,
             f"benchmark.path={write_sums(tmp_path, 4)}",
             "job.num_generations=2",
             "job.max_concurrent_problems=1",
-            "job.time_budget_s=0.6",
-            "job.time_buffer_s=0.5",
+            "job.time_budget_s=2",
+            "job.time_buffer_s=2",
         )
     rows = table(run)
     assert [r["voted_answer"] for r in rows] == ["0", "8", "", ""]
     assert [r["stopped"] for r in rows] == ["", "", "time after 0 of 2", "time after 0 of 2"]
-    assert lasted(rows[1]) >= 0.9 and 0.55 < lasted(rows[3]) < 0.9 and lasted(rows[2]) < 1.2
-    assert sum(map(lasted, rows)) < 4 * 0.6 + 0.5
+    assert lasted(rows[1]) >= 2.5 and lasted(rows[2]) > lasted(rows[3]) >= 1.9
     assert rows[2]["cancelled"] == "2" and run.metrics["accuracy/maj"] == 0.5
     # A problem without a row has cost time all the same.
     assert run.metrics["throughput/solved_per_hour"] == pytest.approx(2 * 3600 / sum(map(lasted, rows)), rel=0.05)
@@ -65,27 +64,25 @@ def test_what_a_problem_saves_a_later_one_may_use(evaluate: Evaluate, tmp_path: 
 
 
 def test_the_whole_benchmark_has_a_deadline(evaluate: Evaluate, tmp_path: Path) -> None:
-    with serving(slow(dict.fromkeys(range(8), 0.35))) as server:
-        started = time.monotonic()
+    with serving(slow(dict.fromkeys(range(2, 8), 30.0))) as server:
         run, result = evaluate(
             server,
             f"benchmark.path={write_sums(tmp_path, 8)}",
             "job.num_generations=2",
             "job.max_concurrent_generations=2",
             "job.max_concurrent_problems=1",
-            "job.deadline_s=1.2",
+            "job.deadline_s=4",
         )
-        assert time.monotonic() - started < 1.2 + 1.5
         asked = {re.findall(r"What is (\d+)\+", body["prompt"])[-1] for body in server.requests}
     rows = table(run)
-    answered = [r for r in rows if r["voted_answer"]]
-    assert 2 <= len(answered) <= 3 and len(rows) == 8 and len(asked) <= 4, "what is past the deadline is not asked"
+    assert [r["voted_answer"] for r in rows] == ["0", "8", *[""] * 6]
+    assert asked == {"0", "1", "2"}, "what is past the deadline is not asked"
     assert all(r["stopped"].startswith("time after") for r in rows if not r["voted_answer"])
     assert run.metrics["accuracy/problems"] == 8  # unanswered is wrong, not left out
-    assert result == pytest.approx(len(answered) / 8) == run.metrics["accuracy/maj"]
-    assert run.metrics["throughput/solved_per_hour"] <= 3600 * len(answered) / 1.1
+    assert result == pytest.approx(2 / 8) == run.metrics["accuracy/maj"]
+    assert run.metrics["throughput/solved_per_hour"] <= 3600 * 2 / 3.9
     report = (run.folder / "report.md").read_text()
-    assert "1.2 s in all" in report and "(time)" in report
+    assert "4 s in all" in report and "(time)" in report
 
 
 def record(right: bool, start: float, end: float, *, rows: int = 1) -> Record:
