@@ -80,6 +80,7 @@ class JudgeRun(Job):
         from omr.job._judging import Judgements
         from omr.job._outcome import conclude
         from omr.job._report import METRICS, PROBLEMS, REPORT
+        from omr.job._selecting import SELECTIONS
         from omr.samples import SAMPLES, held
         from omr.solve.grade import Grader
 
@@ -101,11 +102,12 @@ class JudgeRun(Job):
             with run.stage("grade"):
                 about = self._about(run, judged)
                 metrics = conclude(run.folder, about, judged.records, grader, judged.weight)
-            if (unfinished / JUDGEMENTS).exists():
-                shutil.copyfile(unfinished / JUDGEMENTS, run.folder / JUDGEMENTS)
+            for source in (unfinished / JUDGEMENTS, Path(self.folder).expanduser() / SELECTIONS):
+                if source.exists():
+                    shutil.copyfile(source, run.folder / source.name)
             shutil.rmtree(unfinished)
         run.log({name: value for name, value in metrics.items() if name.split("/")[0] in ("accuracy", "judge")})
-        for name in (SAMPLES, JUDGEMENTS, METRICS, REPORT, PROBLEMS):
+        for name in (SAMPLES, SELECTIONS, JUDGEMENTS, METRICS, REPORT, PROBLEMS):
             if (run.folder / name).exists():
                 run.tracker.artifact(run.folder / name)
         return metrics.get("accuracy/pass_at_1")

@@ -95,11 +95,12 @@ class Asker:
                         pieces.append(chunk.text)
                         written += chunk.num_tokens
                         reason = chunk.finish_reason or reason
+            except ContextOverflow as overflow:  # the question is too long: that says nothing about the server
+                return Reply(seconds=time.perf_counter() - clock, started=started, error=str(overflow))
             except RequestError as failed:
                 error = str(failed)
-                refused = failed.status is not None and failed.status < 500 and failed.status != 429
-                if refused or isinstance(failed, ContextOverflow):
-                    break
+                if failed.status is not None and failed.status < 500 and failed.status != 429:
+                    break  # refused: asking again cannot help
                 if attempt + 1 < ATTEMPTS:
                     await asyncio.sleep(0.2 * 2**attempt)
                 continue

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +53,22 @@ def test_ask_streams_a_generation_and_prints_the_vote(
     out = capsys.readouterr().out
     assert out.startswith("Two and two. \\boxed{4}.") and out.endswith("maj@4: 3 of 4 votes\n4\n")
     assert "generation 3: 5 (4 tokens, 0 executions, stop)" in out
+
+
+def test_ask_answers_with_what_was_selected(
+    asked: Callable[[FakeServer], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def model(body: dict[str, Any]) -> str:
+        if "Judgment: N" in body["prompt"]:  # it finds the answer that the fewest gave
+            return f"Judgment: {re.findall(r'Attempt ([0-9]):[^:]*boxed.5', body['prompt'])[0]}"
+        return "It is \\boxed{5}." if body["seed"] == 4 else "Two and two. \\boxed{4}."
+
+    with serving(model) as server:
+        asked(server)
+        genselect = ["job.select.method=genselect", "job.select.comparisons=3"]
+        assert ask.main(["What is 2+2?", *PLAIN, *genselect, "job.num_generations=4"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("maj@4: 3 of 4 votes\ngenselect: 3 of 3 comparisons\n5\n")
 
 
 def test_ask_refuses_what_it_cannot_do(asked: Callable[[FakeServer], None]) -> None:

@@ -91,6 +91,11 @@ def test_a_refused_question_is_a_value(error: Exception) -> None:
     assert reply.error == str(error) and reply.row()["error"] == reply.error and len(client.requests) == 1
 
 
+def test_questions_that_are_too_long_do_not_make_a_server_dead() -> None:
+    long = ScriptedClient(lambda request: Reply(error=ContextOverflow("maximum context length", 400)))
+    assert all(reply.error for reply in put(long, 20))
+
+
 def test_a_server_that_fails_every_question_ends_the_run_and_one_answer_resets_the_count() -> None:
     dead = ScriptedClient(lambda request: Reply(error=StreamDropped("gone")))
     with pytest.raises(Failure, match="the server failed 8 questions in a row; the last with: gone"):
