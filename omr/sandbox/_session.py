@@ -54,7 +54,8 @@ class Drain:
     def start(self, loop: asyncio.AbstractEventLoop, keep: int) -> None:
         self._loop, self._keep = loop, keep
         self._parts, self._kept, self._total, self._allowed = [], 0, 0, _SPILL
-        loop.add_reader(self.fd, self._on_readable)
+        # Most blocks are over sooner, and what they wrote is in the pipe: `stop` reads it.
+        self._timer = loop.call_later(_PAUSE_S, loop.add_reader, self.fd, self._on_readable)
 
     def _on_readable(self) -> None:
         """Read once, then rest a moment: a printing loop must not wake the owner for every line."""
