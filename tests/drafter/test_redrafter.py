@@ -26,6 +26,9 @@ from omr.errors import ConfigError, InputError, OmrError, ResourceError, Trainin
 from omr.nn.loader import load
 from omr.nn.redrafter import load_redrafter
 from omr.option import fields_of, from_fields
+from omr.quant import Quantiser
+from omr.quant.fp8 import Fp8
+from omr.quant.int8_wo import Int8Wo
 
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
 SHORT = Train(rows=300, lr=3e-3, held_out=30, batch_rows=8)
@@ -327,6 +330,20 @@ def test_option_crosses_a_process_border_and_keys_on_its_recipe() -> None:
 def test_trains_on_the_weights_unless_told_otherwise() -> None:
     assert not Redrafter().fits_checkpoint()
     assert Redrafter(train=Train(base=Base.checkpoint)).fits_checkpoint()
+
+
+@pytest.mark.parametrize("quant", [Fp8(calib_samples=20), Int8Wo()], ids=["fp8", "int8"])
+def test_trains_on_the_hidden_states_of_a_quantised_checkpoint(
+    quant: Quantiser, trained: tuple[Path, dict[str, float]], base: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "served").mkdir()
+    quant.quantise(base, tmp_path / "served", text if quant.calib_samples else None, "cpu")
+    option = Redrafter(train=replace(SHORT, epochs=6))
+    metrics = fit(option, tmp_path / "served", text, tmp_path / "head")
+    assert metrics["redrafter0_loss"] == pytest.approx(trained[1]["redrafter0_loss"], rel=0.03)
+    assert metrics["redrafter0_loss"] != trained[1]["redrafter0_loss"], "the states are the quantised model's"
+    served = load(tmp_path / "served", device="cpu")
+    assert option.load(tmp_path / "head", served).num_draft_tok == 3
 
 
 def test_schedules() -> None:

@@ -162,6 +162,9 @@ def test_the_server_that_writes_is_not_part_of_the_recipe() -> None:
     assert cfg.server.option_name == "vllm"
     here = config("job=train", "drafter=redrafter", "drafter.train.data=self")
     assert content(cfg.drafter) == content(here.drafter) != content(config("drafter=redrafter").drafter)
+    assert pipeline._writer(config("quant=fp8", "drafter=redrafter")).quant.option_name == "bf16"
+    fitted = config("quant=fp8", "drafter=redrafter", "drafter.train.base=checkpoint")
+    assert pipeline._writer(fitted).quant.option_name == "fp8", "a drafter for the quantised model learns its text"
     few = config("drafter=redrafter", "drafter.train.data=self", "drafter.train.own.max_concurrent_generations=1")
     assert content(few.drafter) == content(here.drafter)
 
