@@ -163,6 +163,7 @@ def own_text(run: Run, how: OwnText, rows: int, base: Made) -> Made:
     cfg, model = run.cfg, run.cfg.model
     recipe = {
         **content(how),
+        "problems": None if how.problems else content(model.text),
         "rows": rows,
         "prompt": model.prompt,
         "code_tags": model.code_tags,

@@ -103,15 +103,22 @@ def _documents(option: Option, base: Path, text: Path, ranks: Ranks) -> tuple[li
     """(training, held out)"""
     from transformers import AutoTokenizer
 
+    config = decoder_config.read(base)[0]
     documents = read_documents(
         text,
         AutoTokenizer.from_pretrained(base),
         rows=option.train.rows,
         max_length=option.train.max_length,
         predict_n=option.predict_n,
-        vocab_size=decoder_config.read(base)[0].vocab_size,
+        vocab_size=config.vocab_size,
         progress=lambda rows: tqdm(rows, "read", file=sys.stderr, unit="row", disable=ranks.rank > 0, leave=False),
     )
+    longest = max(len(document.ids) for document in documents)
+    if longest > config.max_position_embeddings:
+        raise InputError(
+            f"{text} has a document of {longest} tokens, the base takes {config.max_position_embeddings}; lower "
+            f"drafter.train.max_length={option.train.max_length}"
+        )
     return split(documents, option.train.held_out, option.train.seed)
 
 

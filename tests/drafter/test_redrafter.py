@@ -19,12 +19,16 @@ import torch
 from safetensors.torch import load_file
 
 from omr.artifact import content
+from omr.drafter import _training
 from omr.drafter._training import schedule
 from omr.drafter.redrafter import Base, Head, Redrafter, Schedule, Train
-from omr.errors import ConfigError, InputError, OmrError, TrainingError
+from omr.errors import ConfigError, InputError, OmrError, ResourceError, TrainingError
 from omr.nn.loader import load
 from omr.nn.redrafter import load_redrafter
 from omr.option import fields_of, from_fields
+from omr.quant import Quantiser
+from omr.quant.fp8 import Fp8
+from omr.quant.int8_wo import Int8Wo
 
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
 SHORT = Train(rows=300, lr=3e-3, held_out=30, batch_rows=8)
@@ -125,7 +129,7 @@ def test_early_stop_keeps_the_best_head(base: Path, text: Path, tmp_path: Path) 
 def test_two_ranks_train_the_head_of_one(base: Path, text: Path, tmp_path: Path) -> None:
     how = {"rows": 300, "lr": 3e-3, "held_out": 30, "batch_rows": 4, "accumulation": 2}
     alone = fit(Redrafter(train=Train(**how)), base, text, tmp_path / "alone")  # type: ignore[arg-type]
-    both = Redrafter(train=Train(**how), num_processes=2)  # type: ignore[arg-type]
+    both = Redrafter(train=Train(**how, cache_states=True), num_processes=2)  # type: ignore[arg-type]
     together = fit(both, base, text, tmp_path / "both")
     assert together["redrafter0_loss"] == pytest.approx(alone["redrafter0_loss"], rel=1e-4)
     assert content(both) == content(replace(both, num_processes=1))
@@ -139,6 +143,75 @@ def test_loss_that_is_not_finite_stops_with_its_batch_saved(base: Path, text: Pa
     saved = load_file(tmp_path / ".out.resume" / "failed_batch.safetensors")
     assert saved["0.ids"].shape == saved["0.is_target"].shape and "7.ids" in saved
     assert "\n" not in str(caught.value)
+
+
+def test_out_of_memory_says_what_to_lower_and_loses_nothing(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how, real, calls = replace(SHORT, checkpoint_min=0.0), _training.draft_loss, 0
+    fit(Redrafter(train=how), base, text, tmp_path / "straight")
+
+    def full(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 31:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_training, "draft_loss", full)
+    with pytest.raises(
+        ResourceError, match=r"out of GPU memory.*lower drafter\.train\.forward_tok=8192.*batch_rows=8"
+    ) as e:
+        fit(Redrafter(train=how), base, text, tmp_path / "out")
+    assert "\n" not in str(e.value)
+    assert (tmp_path / ".out.resume" / "training_state.safetensors").exists()
+    Redrafter(train=how).fit(base, text, tmp_path / "out", "cpu")
+    assert calls < 30 + 34 + 40, "it went on from step 20"
+    for name in ("model.safetensors", "curve.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+EXTERNAL = """
+import sys
+from pathlib import Path
+from omr.drafter.redrafter import Redrafter, Train
+how = Train(rows=300, lr=3e-3, held_out=30, batch_rows=4, accumulation=2)
+print(Redrafter(train=how).fit(*map(Path, sys.argv[1:4]), "cpu")["redrafter0_loss"])
+"""
+
+
+@pytest.mark.slow
+def test_under_torchrun_it_is_one_of_the_ranks(base: Path, text: Path, tmp_path: Path) -> None:
+    """For clusters that start the processes themselves."""
+    alone = fit(Redrafter(train=replace(SHORT, batch_rows=4, accumulation=2)), base, text, tmp_path / "alone")
+    script, out = tmp_path / "script.py", tmp_path / "both"
+    script.write_text(EXTERNAL)
+    out.mkdir()
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*argv, script, base, text, out], capture_output=True, text=True, env=environment, check=True)
+    losses = [float(line) for line in done.stdout.splitlines()]
+    assert len(losses) == 2 and losses == pytest.approx([alone["redrafter0_loss"]] * 2, rel=1e-4)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+
+
+def test_long_documents_are_trained_to_their_end(base: Path, tmp_path: Path) -> None:
+    """Beyond 2048 tokens, and beyond what one forward of the base is meant to hold."""
+    wide = shutil.copytree(base, tmp_path / "wide")
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    words = " ".join(f"w{i % 100 + 3}" for i in range(3000))
+    rows = write(tmp_path / "long.parquet", [{"text": words, "spans": [[0, len(words)]]}] * 4)
+    how = Train(rows=4, max_length=4096, forward_tok=512, held_out=1, lr=3e-3)
+    metrics = fit(Redrafter(train=how), wide, rows, tmp_path / "long")
+    assert metrics["train_targets"] == 3 * (2998 + 2997 + 2996)
+    cut = fit(Redrafter(train=replace(how, max_length=2048)), wide, rows, tmp_path / "cut")
+    assert cut["train_targets"] == 3 * (2046 + 2045 + 2044)
+    with pytest.raises(
+        InputError, match=r"a document of 3000 tokens, the base takes \d+; lower drafter.train.max_length"
+    ):
+        fit(Redrafter(train=how), base, rows, tmp_path / "refused")
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -257,6 +330,20 @@ def test_option_crosses_a_process_border_and_keys_on_its_recipe() -> None:
 def test_trains_on_the_weights_unless_told_otherwise() -> None:
     assert not Redrafter().fits_checkpoint()
     assert Redrafter(train=Train(base=Base.checkpoint)).fits_checkpoint()
+
+
+@pytest.mark.parametrize("quant", [Fp8(calib_samples=20), Int8Wo()], ids=["fp8", "int8"])
+def test_trains_on_the_hidden_states_of_a_quantised_checkpoint(
+    quant: Quantiser, trained: tuple[Path, dict[str, float]], base: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "served").mkdir()
+    quant.quantise(base, tmp_path / "served", text if quant.calib_samples else None, "cpu")
+    option = Redrafter(train=replace(SHORT, epochs=6))
+    metrics = fit(option, tmp_path / "served", text, tmp_path / "head")
+    assert metrics["redrafter0_loss"] == pytest.approx(trained[1]["redrafter0_loss"], rel=0.03)
+    assert metrics["redrafter0_loss"] != trained[1]["redrafter0_loss"], "the states are the quantised model's"
+    served = load(tmp_path / "served", device="cpu")
+    assert option.load(tmp_path / "head", served).num_draft_tok == 3
 
 
 def test_schedules() -> None:

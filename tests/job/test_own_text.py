@@ -90,6 +90,9 @@ def test_solutions_become_text_with_exact_spans(write: Write, tmp_path: Path) ->
         ]
         folders = {made, *(write(server, 12, *wanted, *other) for other in others)}
         assert len(folders) == 5
+    with serving(lambda body: "It is \\boxed{1}.") as server:
+        folders |= {write(server, 2), write(server, 2, "model.text.seed=3")}
+        assert len(folders) == 7
     manifest = json.loads((made / "manifest.json").read_text())
     assert manifest["metrics"]["rows"] == 12 and manifest["metrics"]["executions_per_generation"] == 1
     assert set(manifest["inputs"]) == {"weights", "problems"}
@@ -159,6 +162,9 @@ def test_the_server_that_writes_is_not_part_of_the_recipe() -> None:
     assert cfg.server.option_name == "vllm"
     here = config("job=train", "drafter=redrafter", "drafter.train.data=self")
     assert content(cfg.drafter) == content(here.drafter) != content(config("drafter=redrafter").drafter)
+    assert pipeline._writer(config("quant=fp8", "drafter=redrafter")).quant.option_name == "bf16"
+    fitted = config("quant=fp8", "drafter=redrafter", "drafter.train.base=checkpoint")
+    assert pipeline._writer(fitted).quant.option_name == "fp8", "a drafter for the quantised model learns its text"
     few = config("drafter=redrafter", "drafter.train.data=self", "drafter.train.own.max_concurrent_generations=1")
     assert content(few.drafter) == content(here.drafter)
 
