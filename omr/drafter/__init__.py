@@ -30,11 +30,11 @@ class DraftModel(Protocol):
     """
 
     num_draft_tok: int
-    """Tokens proposed per step, the same for every sequence."""
+    """Tokens proposed per step, the same for every sequence. An adaptive engine lowers it for a step at a time."""
     needs_hidden: bool
     """Whether `propose` reads the target's hidden state (and can be captured in a CUDA graph)."""
     adaptive: bool
-    """Draft only while that is faster than plain decoding, as the engine measures it."""
+    """Draft as many tokens as is fastest, none if plain decoding is, as the engine measures it."""
 
     def propose(
         self,

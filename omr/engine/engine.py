@@ -88,7 +88,7 @@ class Engine:
             prefix_caching=prefix_caching,
         )
         self.runner = self._runner(decoder, cache, max_batch_size, draft)
-        self.pace = Pace() if getattr(draft, "adaptive", False) else None
+        self.pace = Pace(num_draft_tok) if draft and getattr(draft, "adaptive", False) else None
         self.counts = SpecCounts(accepted_per_pos=[0] * num_draft_tok)
         self._seqs: dict[str, Sequence] = {}
 
@@ -169,11 +169,16 @@ class Engine:
         return [self._keep(one) for one in drawn]
 
     def _decode(self, seqs: list[Sequence]) -> list[Drawn]:
-        if self.pace is None:
+        draft = self.runner.draft
+        if self.pace is None or draft is None or not any(seq.request.speculate for seq in seqs):
             return self.runner.decode(seqs)
-        self.runner.speculate = self.pace.speculates(len(seqs))
-        drawn = self.runner.decode(seqs)
-        self.pace.done(sum(len(one.tokens) for one in drawn) / len(drawn))
+        full, chosen = draft.num_draft_tok, self.pace.drafts(len(seqs))
+        self.runner.speculate, draft.num_draft_tok = chosen > 0, chosen or full
+        try:
+            drawn = self.runner.decode(seqs)
+        finally:
+            draft.num_draft_tok = full
+        self.pace.done([len(one.tokens) - 1 for one in drawn if one.drafted])
         return drawn
 
     def _keep(self, drawn: Drawn) -> Output:

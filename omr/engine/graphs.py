@@ -20,6 +20,7 @@ import torch
 
 from omr.drafter import DraftModel
 from omr.engine import sampler
+from omr.engine.pace import lengths
 from omr.engine.request import Sequence
 from omr.engine.runner import Drawn, Runner
 from omr.engine.sampled import SampledDrafts
@@ -104,11 +105,15 @@ class GraphRunner(Runner):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture every graph that requests without filters can need, largest batch first."""
-        adaptive = getattr(self.draft, "adaptive", False)  # then plain steps are taken as well
-        for bucket in reversed(self.buckets):
-            for kind in KINDS[:2]:
-                for new in {1 + self.num_draft_tok, *([1] if adaptive else [])}:
-                    self._graph(bucket, kind, new)
+        adaptive = getattr(self.draft, "adaptive", False)  # then shorter drafts and plain steps are taken as well
+        for drafts in lengths(self.num_draft_tok) if adaptive else [self.num_draft_tok]:
+            if self.draft is not None:
+                self.draft.num_draft_tok = drafts or self.num_draft_tok
+            for bucket in reversed(self.buckets):
+                for kind in KINDS[:2]:
+                    self._graph(bucket, kind, 1 + drafts)
+        if self.draft is not None:
+            self.draft.num_draft_tok = self.num_draft_tok
 
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
@@ -119,13 +124,13 @@ class GraphRunner(Runner):
             return super().decode(seqs)
         sampled = [seq.request for seq in seqs if seq.request.temperature > 0]
         kind = KINDS[0] if not sampled else KINDS[2] if any(r.filtered for r in sampled) else KINDS[1]
-        new = 1 + self.num_draft_tok if self._speculates(seqs) else 1
+        new = 1 + self.draft.num_draft_tok if self._speculates(seqs) else 1
         bucket = next(size for size in self.buckets if size >= len(seqs))
         graph = self._graph(bucket, kind, new)
         self._upload(seqs, bucket)
         if new > 1 and on_host:
             newest = self.inputs.newest[0, : len(seqs)]
-            self.inputs.drafts[: len(seqs)] = self.draft.propose(None, newest, [seq.tokens for seq in seqs])
+            self.inputs.drafts[: len(seqs), : new - 1] = self.draft.propose(None, newest, [seq.tokens for seq in seqs])
         graph.replay()
         drawn = []
         for seq, row in zip(seqs, self.drawn[: len(seqs)].tolist(), strict=True):
@@ -190,7 +195,7 @@ class GraphRunner(Runner):
         tables, row = inputs.tables[:bucket], inputs.row[:bucket]
         drafts, draw = None, sampler.draw
         if new > 1:
-            drafts = inputs.drafts[:bucket]
+            drafts = inputs.drafts[:bucket, : new - 1]
             if self.draft.needs_hidden:
                 propose = self.draft.propose
                 if getattr(self.draft, "sampled", False) and kind != KINDS[0]:

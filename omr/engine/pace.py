@@ -1,10 +1,12 @@
-"""Whether the next decode step speculates: only while that is faster than plain decoding.
+"""How many tokens the next decode step drafts: as many as is fastest, none if plain decoding is.
 
-A speculative step costs r times a plain one and yields y tokens per sequence; it pays while y > r. Both are measured
-while serving: r per batch bucket (drafting and verification weigh more in a large batch), y over the last steps of all
-sequences (it is a matter of the text). Tokens do not depend on the choice, so it can follow the clock.
+A step with k drafts costs t_k and yields y_k tokens per sequence; the best k has the greatest y_k / t_k. Both are
+measured while serving: t_k per batch bucket (drafting and verification weigh more in a large batch), the chance that
+the first i drafts all hold over the last steps of all sequences (it is a matter of the text); y_k is 1 plus its sum up
+to k. Only a few lengths are in the running, so that each is measured often. Tokens do not depend on the choice, so it
+can follow the clock.
 
-The side that is not running must be tried now and then, or a change of text would never be noticed. A trial is one
+Lengths that are not running must be tried now and then, or a change of text would never be noticed. A trial is one
 step, and trials are spaced so that what they lose is at most LOSS of the time; on text that cannot be predicted
 decoding is that much slower than without a drafter, plus a few steps at the start.
 """
@@ -14,63 +16,78 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-LOSS = 0.015
-"""Share of the time that trials of the slower side may cost."""
+LOSS = 0.012
+"""Share of the time that trials of slower lengths may cost."""
 KEPT_STEPS = 9
-"""Steps of each kind whose median time counts, per batch bucket."""
+"""Steps of each length whose median time counts, per batch bucket."""
 FIRST_STEPS = 2
-"""Steps of each kind before anything is decided, after one that is not counted (it may compile or capture)."""
-YIELD_STEPS = 64
-"""Speculative steps over which the yield is averaged."""
+"""Steps of each length before anything is decided, after one that is not counted (it may compile or capture)."""
+RATE_STEPS = 48
+"""Steps over which an acceptance rate is averaged, with weights that fall off."""
 RARELY = 400
-"""Steps after which the other side is tried however little that would cost."""
+"""Steps after which another length is tried however little that would cost."""
+
+
+def lengths(num_draft_tok: int) -> list[int]:
+    """The numbers of drafts that are considered: all, half, one, none."""
+    return sorted({num_draft_tok, max(1, num_draft_tok // 2), 1, 0}, reverse=True)
 
 
 class Pace:
-    """`speculates` before a decode step, `done` after it."""
+    """`drafts` before a decode step, `done` after it."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, num_draft_tok: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._times: dict[tuple[int, bool], deque[float]] = {}
-        self._seen: dict[tuple[int, bool], int] = {}
-        self._yields: deque[float] = deque(maxlen=YIELD_STEPS)
+        self.lengths = lengths(num_draft_tok)
+        self._times: dict[tuple[int, int], deque[float]] = {}
+        self._seen: dict[tuple[int, int], int] = {}
+        self._tried: dict[tuple[int, int], int] = {}
+        """Number of the step at which a length was last run."""
+        self._rates = [0.0] * num_draft_tok
+        """Share of drafts whose first i + 1 tokens were all accepted."""
+        self._rated = [0] * num_draft_tok
+        self._steps = 0
         self._since_trial = 0
         self._started = 0.0
-        self._step = (0, False)
+        self._step = (0, 0)
 
-    def speculates(self, batch: int) -> bool:
-        """Whether the step for `batch` sequences, about to start, drafts."""
+    def drafts(self, batch: int) -> int:
+        """How many tokens the step for `batch` sequences, about to start, shall draft."""
         bucket = batch.bit_length()
         choice = self._choose(bucket)
         self._step = (bucket, choice)
+        self._steps += 1
+        self._tried[self._step] = self._steps
         self._started = self._clock()
         return choice
 
-    def done(self, tokens_per_sequence: float) -> None:
-        """The step is over and gave each sequence that many tokens on average."""
+    def done(self, accepted: Sequence[int]) -> None:
+        """The step is over; `accepted` drafts of each sequence that had any."""
         elapsed = self._clock() - self._started
         seen = self._seen[self._step] = self._seen.get(self._step, 0) + 1
         if seen > 1:
             self._times.setdefault(self._step, deque(maxlen=KEPT_STEPS)).append(elapsed)
-        if self._step[1]:
-            self._yields.append(tokens_per_sequence)
+        if not accepted:
+            return
+        for i in range(self._step[1]):
+            share = sum(count > i for count in accepted) / len(accepted)
+            self._rated[i] += 1
+            self._rates[i] += (share - self._rates[i]) / min(self._rated[i], RATE_STEPS)
 
-    def _choose(self, bucket: int) -> bool:
-        for kind in (True, False):
-            if len(self._times.get((bucket, kind), ())) < FIRST_STEPS:
-                return kind
-        ratio = self._median(bucket, True) / self._median(bucket, False)
-        gain = statistics.fmean(self._yields) / ratio  # speed of speculation over plain decoding
-        better = gain > 1
+    def _choose(self, bucket: int) -> int:
+        for length in (self.lengths[0], 0, *self.lengths[1:-1]):
+            if len(self._times.get((bucket, length), ())) < FIRST_STEPS:
+                return length
+        took = {length: statistics.median(self._times[bucket, length]) for length in self.lengths}
+        gives = {length: 1 + sum(self._rates[:length]) for length in self.lengths}
+        best = max(self.lengths, key=lambda length: gives[length] / took[length])
+        other = min((length for length in self.lengths if length != best), key=lambda o: self._tried[bucket, o])
+        # A trial loses its time less what the best length would need for the same tokens; in steps of that length.
+        lost = took[other] / took[best] - gives[other] / gives[best]
         self._since_trial += 1
-        # A trial loses the time that the better side would have needed for the tokens it gives, in steps of that side.
-        lost = ratio - gain * ratio if not better else gain - 1
         if self._since_trial >= min(RARELY, max(1.0, lost / LOSS)):
             self._since_trial = 0
-            return not better
-        return better
-
-    def _median(self, bucket: int, kind: bool) -> float:
-        return statistics.median(self._times[bucket, kind])
+            return other
+        return best

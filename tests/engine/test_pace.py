@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import random
+from statistics import fmean
 
 import pytest
 
-from omr.engine.pace import Pace
+from omr.engine.pace import Pace, lengths
+
+DRAFTS = 3
 
 
 class Bench:
-    """A machine where a plain step takes 1 and a speculative one `ratio`, with noise, and gives `gain` tokens."""
+    """A machine where a plain step takes 1 and one of 3 drafts `ratio`, with noise; shorter drafts take less.
+
+    Of 3 drafts `gain` - 1 are accepted on average: all of them or none, or, with `first_only`, at most the first.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self.now, self.rng = 0.0, random.Random(seed)
-        self.pace = Pace(lambda: self.now)
+        self.pace = Pace(DRAFTS, lambda: self.now)
+        self.used = [0] * (DRAFTS + 1)
 
-    def run(self, tokens: float, ratio: float, gain: float, batch: int = 1, noise: float = 0.1) -> tuple[float, float]:
+    def run(
+        self, tokens: float, ratio: float, gain: float, batch: int = 1, noise: float = 0.1, first_only: bool = False
+    ) -> tuple[float, float]:
         """(time per token, share of speculative steps) over `tokens` tokens."""
         start, made, steps, drafted = self.now, 0.0, 0, 0
+        self.used = [0] * (DRAFTS + 1)
+        reach = 1 if first_only else DRAFTS
         while made < tokens:
-            speculates = self.pace.speculates(batch)
-            self.now += (ratio if speculates else 1.0) * self.rng.uniform(1 - noise, 1 + noise)
-            new = self.rng.choice([1, 2 * gain - 1]) if speculates else 1
-            self.pace.done(new)
-            made += new
+            drafts = self.pace.drafts(batch)
+            cost = 1 + (ratio - 1) * (0.3 + 0.7 * drafts / DRAFTS) if drafts else 1.0
+            self.now += cost * self.rng.uniform(1 - noise, 1 + noise)
+            accepted = min(drafts, reach) if self.rng.random() < (gain - 1) / reach else 0
+            self.pace.done([accepted] if drafts else [])
+            made += 1 + accepted
             steps += 1
-            drafted += speculates
+            drafted += drafts > 0
+            self.used[drafts] += 1
         return (self.now - start) / made, drafted / steps
 
 
@@ -34,14 +47,13 @@ class Bench:
 @pytest.mark.parametrize("seed", range(3))
 def test_text_that_cannot_be_predicted_costs_three_percent_at_most(ratio: float, seed: int) -> None:
     cost, share = Bench(seed).run(3000, ratio, 1.0)
-    assert cost < 1.03 and share < 0.1
+    assert cost < 1.03 and share < 0.12
 
 
 @pytest.mark.parametrize(("ratio", "gain"), [(1.3, 2.5), (2.0, 2.5), (1.2, 1.5)])
-@pytest.mark.parametrize("seed", range(3))
-def test_where_it_pays_nearly_all_of_the_gain_is_kept(ratio: float, gain: float, seed: int) -> None:
-    cost, share = Bench(seed).run(3000, ratio, gain)
-    assert cost < 1.03 * ratio / gain and share > 0.85
+def test_where_it_pays_nearly_all_of_the_gain_is_kept(ratio: float, gain: float) -> None:
+    runs = [Bench(seed).run(3000, ratio, gain) for seed in range(8)]  # which drafts hold is chance: take the mean
+    assert fmean(cost for cost, _ in runs) < 1.03 * ratio / gain and min(share for _, share in runs) > 0.8
 
 
 def test_a_change_of_text_is_noticed_both_ways() -> None:
@@ -62,7 +74,29 @@ def test_each_batch_size_is_judged_by_itself() -> None:
 
 def test_a_slow_first_step_does_not_count() -> None:
     bench = Bench()
-    bench.pace.speculates(1)
+    bench.pace.drafts(1)
     bench.now += 500.0
-    bench.pace.done(2.0)
+    bench.pace.done([1])
     assert bench.run(500, 1.3, 2.5)[1] > 0.8
+
+
+def test_the_length_follows_what_is_accepted() -> None:
+    """Where no second draft ever holds one is drafted, where all hold or fall together three are."""
+    bench = Bench()
+    bench.run(3000, 1.5, 1.8, first_only=True)
+    assert bench.used[1] > 0.9 * sum(bench.used)
+    bench.run(500, 1.5, 2.8)
+    bench.run(3000, 1.5, 2.8)
+    assert bench.used[3] > 0.8 * sum(bench.used)
+
+
+def test_few_lengths_are_in_the_running() -> None:
+    assert [lengths(n) for n in (1, 2, 3, 5, 24)] == [[1, 0], [2, 1, 0], [3, 1, 0], [5, 2, 1, 0], [24, 12, 1, 0]]
+
+
+def test_a_step_without_drafts_teaches_nothing_of_acceptance() -> None:
+    pace = Pace(2)
+    for _ in range(20):
+        pace.drafts(1)
+        pace.done([])
+    assert pace._rates == [0.0, 0.0]
