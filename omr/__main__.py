@@ -12,7 +12,7 @@ import sys
 from types import FrameType
 
 from omr import __version__
-from omr.errors import OmrError, Terminated
+from omr.errors import OmrError, Terminated, is_disk_full
 
 HYDRA_ONLY = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p")
 """Flags that ask Hydra to print something: nothing is run."""
@@ -55,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print("omr: no disk space left; free some, or set OMR_HOME to another disk", file=sys.stderr)
         return 1
     except Terminated:
         print("omr: terminated; every child process has been ended", file=sys.stderr)

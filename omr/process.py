@@ -146,7 +146,8 @@ def _tee(popen: subprocess.Popen[bytes], log: Path) -> None:
     assert popen.stderr is not None
     with log.open("ab", buffering=0) as sink:
         while chunk := os.read(popen.stderr.fileno(), 65536):
-            sink.write(chunk)
+            with contextlib.suppress(OSError):  # a full disk: the child's own writes tell
+                sink.write(chunk)
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(chunk.decode(errors="replace"))
                 sys.stderr.flush()
@@ -222,7 +223,8 @@ def run_verb(option: Any, verb: str, kwargs: Mapping[str, Any], *, log: Path) ->
             raise ChildError(f"{what} {how}{hint}; log: {log}", log_tail(log))
         answer = json.loads(result.read_text())
     if "error" in answer:
-        raise rebuild_error(answer["error"], answer["message"])
+        where = f"; log: {log}" if answer["error"] == "ChildError" else ""
+        raise rebuild_error(answer["error"], answer["message"] + where)
     return answer["value"]
 
 
