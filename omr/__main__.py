@@ -6,6 +6,7 @@ Exit codes: 0, 1 for a failure, 2 for a mistake in the request, 130 for Ctrl-C, 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     except Terminated:
         print("omr: terminated; every child process has been ended", file=sys.stderr)
         return 143
+    finally:
+        gc.freeze()  # or the interpreter's last collection would walk through every library: seconds on a busy machine
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:

@@ -190,7 +190,7 @@ def wait_ready(child: Child, probe: Callable[[], bool], timeout_s: float, what: 
         if status is not None:
             raise ChildError(f"{what} died at start (exit status {status}); log: {child.log}", child.log_tail())
         if time.monotonic() > deadline:
-            raise ChildError(f"{what} was not ready after {timeout_s:.0f} s; log: {child.log}", child.log_tail())
+            raise ChildError(f"{what} was not ready after {timeout_s:g} s; log: {child.log}", child.log_tail())
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.3, 0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -49,4 +50,6 @@ def _where(call: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    code = main(Path(sys.argv[1]), Path(sys.argv[2]))
+    gc.freeze()  # see omr/__main__.py
+    sys.exit(code)
