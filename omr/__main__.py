@@ -6,13 +6,14 @@ Exit codes: 0, 1 for a failure, 2 for a mistake in the request, 130 for Ctrl-C, 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 from types import FrameType
 
 from omr import __version__
-from omr.errors import OmrError, Terminated
+from omr.errors import OmrError, Terminated, is_disk_full
 
 HYDRA_ONLY = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p")
 """Flags that ask Hydra to print something: nothing is run."""
@@ -56,9 +57,16 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print("omr: no disk space left; free some, or set OMR_HOME to another disk", file=sys.stderr)
+        return 1
     except Terminated:
         print("omr: terminated; every child process has been ended", file=sys.stderr)
         return 143
+    finally:
+        gc.freeze()  # or the interpreter's last collection would walk through every library: seconds on a busy machine
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:

@@ -182,7 +182,7 @@ def _explain(error: BaseException) -> str:
         at = at.__cause__ or at.__context__
     text = "\n".join(str(e) for e in chain)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not KEY=VALUE, +KEY=VALUE or ~KEY; quote what contains spaces or commas"
+        return f"{error.override}: not KEY=VALUE, +KEY=VALUE or ~KEY; quote a value that holds spaces, commas or ="
     if found := re.search(r"Could not find '([^']+)/([^/']+)'", text):
         group, choice = found.groups()
         if group.startswith("hydra/"):

@@ -18,6 +18,8 @@ Anything else that reaches `__main__` is a bug in omr and keeps its traceback in
 
 from __future__ import annotations
 
+import errno
+
 
 class OmrError(Exception):
     """Base of all. `str(error)` is one line meant for the user."""
@@ -90,6 +92,20 @@ class ResourceError(Failure):
 
 class TrainingError(Failure):
     pass
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, or one that led to it, is a full disk. Libraries in other languages say it in words alone."""
+    at: BaseException | None = error
+    while at is not None:
+        said = str(at)
+        if getattr(at, "errno", None) == errno.ENOSPC or any(words in said for words in _FULL):
+            return True
+        at = at.__cause__ or at.__context__
+    return False
+
+
+_FULL = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed writing")
 
 
 class Terminated(BaseException):

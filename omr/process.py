@@ -146,7 +146,8 @@ def _tee(popen: subprocess.Popen[bytes], log: Path) -> None:
     assert popen.stderr is not None
     with log.open("ab", buffering=0) as sink:
         while chunk := os.read(popen.stderr.fileno(), 65536):
-            sink.write(chunk)
+            with contextlib.suppress(OSError):  # a full disk: the child's own writes tell
+                sink.write(chunk)
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(chunk.decode(errors="replace"))
                 sys.stderr.flush()
@@ -189,7 +190,7 @@ def wait_ready(child: Child, probe: Callable[[], bool], timeout_s: float, what: 
         if status is not None:
             raise ChildError(f"{what} died at start (exit status {status}); log: {child.log}", child.log_tail())
         if time.monotonic() > deadline:
-            raise ChildError(f"{what} was not ready after {timeout_s:.0f} s; log: {child.log}", child.log_tail())
+            raise ChildError(f"{what} was not ready after {timeout_s:g} s; log: {child.log}", child.log_tail())
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.3, 0.5)
 
@@ -222,7 +223,8 @@ def run_verb(option: Any, verb: str, kwargs: Mapping[str, Any], *, log: Path) ->
             raise ChildError(f"{what} {how}{hint}; log: {log}", log_tail(log))
         answer = json.loads(result.read_text())
     if "error" in answer:
-        raise rebuild_error(answer["error"], answer["message"])
+        where = f"; log: {log}" if answer["error"] == "ChildError" else ""
+        raise rebuild_error(answer["error"], answer["message"] + where)
     return answer["value"]
 
 

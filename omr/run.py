@@ -27,7 +27,7 @@ from typing import Any
 from omr import __version__, source
 from omr.artifact import Artifact, Store, content, key_of
 from omr.config import Config, home
-from omr.errors import OmrError, Terminated
+from omr.errors import OmrError, ResourceError, Terminated, is_disk_full
 from omr.extra_trackers import with_extras
 from omr.option import GROUPS, fields_of
 from omr.tracker import MlflowTracker, RecordingTracker, Status, Tracker
@@ -84,8 +84,15 @@ class Run:
             "choices": self.chosen,
             "metrics": self.metrics,
         }
-        (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
-        self.tracker.end(status, reason)
+        try:
+            (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+            self.tracker.end(status, reason)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            if status == "FINISHED":
+                raise disk_full() from None
+            self.say(f"no disk space left to record that this run is {status}")
 
     def resume_folder(self) -> Path:
         """A folder that a killed run of the same fingerprint may have left for this one; its user deletes it."""
@@ -171,12 +178,20 @@ def open_run(
         run.end("FAILED", str(error))
         raise
     except BaseException as error:
+        if is_disk_full(error):
+            full = disk_full()
+            run.end("FAILED", str(full))
+            raise full from None
         crash = folder / TRACEBACK
         crash.write_text(traceback.format_exc())
         run.tracker.artifact(crash)
         run.end("FAILED", f"{type(error).__name__}: {error}")
         raise
     run.end("FINISHED")
+
+
+def disk_full() -> ResourceError:
+    return ResourceError(f"no disk space left in {home()}; free some, or set OMR_HOME to another disk")
 
 
 def choices(cfg: Config, overrides: Sequence[str], picked: Mapping[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -9,8 +10,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from omr.errors import OmrError
+from omr.errors import OmrError, is_disk_full
 from omr.option import discover, from_fields
+
+FIX = "free some disk, or set OMR_HOME to another"
 
 
 def main(call_path: Path, result_path: Path) -> int:
@@ -28,12 +31,12 @@ def main(call_path: Path, result_path: Path) -> int:
     except MemoryError:
         answer = {"error": "ResourceError", "message": f"out of memory in {call['verb']}: {_where(call)}"}
     except Exception as error:
-        traceback.print_exc()
         if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
             answer = {"error": "ResourceError", "message": f"out of GPU memory in {call['verb']}: {_where(call)}"}
-        elif isinstance(error, OSError) and error.errno == 28:
-            answer = {"error": "ResourceError", "message": f"no space left on device in {call['verb']}: free some disk"}
+        elif is_disk_full(error):
+            answer = {"error": "ResourceError", "message": f"no space left for {_where(call)} {call['verb']}: {FIX}"}
         else:
+            traceback.print_exc(file=sys.stdout)  # into the log alone; stderr is shown as it comes
             last = f"{type(error).__name__}: {error}".splitlines()[0]
             answer = {"error": "ChildError", "message": f"{_where(call)} {call['verb']} failed: {last}"}
     temporary = result_path.with_suffix(".tmp")
@@ -47,4 +50,6 @@ def _where(call: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    code = main(Path(sys.argv[1]), Path(sys.argv[2]))
+    gc.freeze()  # see omr/__main__.py
+    sys.exit(code)

@@ -141,3 +141,46 @@ def test_own_experiments_are_found_in_the_working_folder(tmp_path: Path, monkeyp
 def test_a_text_of_ones_own_replaces_the_models(model: str) -> None:
     text = one(f"model={model}", "model.text.path=mine.jsonl").model.text
     assert (text.path, text.corpus, text.hub) == ("mine.jsonl", False, None)
+
+
+AIMO2 = {
+    "model": {"hub": "nvidia/OpenMath-Nemotron-14B-Kaggle", "tp": 2, "context_tokens": 32000, "prompt": "generic/math"},
+    "quant": {"option_name": "fp8", "calib_samples": 4096},
+    "drafter": {"num_draft_layers": 2, "predict_n": 3, "rnn": True, "num_beams": 1},
+    "server": {
+        "option_name": "trtllm",
+        "kv_cache_free_gpu_memory_fraction": 0.92,
+        "max_batch_size": 12,
+        "engine_max_batch_size": 32,
+    },
+    "sampling": {"temperature": 0.7, "max_tokens": 20000, "seed": 0},
+    "job": {"num_generations": 12, "stop_after": 10, "max_code_executions": 2, "max_concurrent_problems": 1},
+}
+EIGHT_CALLS = AIMO2 | {"job": {"num_generations": 12, "stop_after": 10, "max_code_executions": 8}}
+L4X4 = AIMO2 | {
+    "model": {"hub": "nvidia/OpenMath-Nemotron-14B-Kaggle", "tp": 4},
+    "job": {"num_generations": 12, "time_budget_s": 350, "time_buffer_s": 210, "stop_when_decided": True},
+}
+SEED = AIMO2 | {
+    "drafter": {"option_name": "none"},
+    "sampling": {"temperature": 0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1, "max_tokens": 8000},
+    "job": {"option_name": "eval"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("aimo2_h100x2", AIMO2), ("aimo2_h100x2_8calls", EIGHT_CALLS), ("aimo2_l4x4", L4X4), ("seed_tutorial", SEED)],
+)
+def test_published_experiments_have_the_published_values(name: str, values: dict[str, dict[str, object]]) -> None:
+    cfg = one(f"+experiment={name}")
+    for group, wanted in values.items():
+        got = {key: getattr(getattr(cfg, group), key) for key in wanted}
+        assert got == wanted
+    text = cfg.model.text
+    assert (text.hub, text.split, text.solution_key) == ("nvidia/OpenMathReasoning", "tir", "generated_solution")
+    if cfg.drafter.trained:
+        how = fields_of(cfg.drafter)["train"]
+        assert (how["rows"], how["max_length"], how["epochs"]) == (100_000, 2048, 1)
+        assert (how["lr"], how["schedule"], how["warmup"], how["weight_decay"]) == (1e-3, "cosine", 0.1, 0.0)
+        assert how["batch_rows"] * how["accumulation"] == 1 * 4 * 2, "documents a step: 1 x 4 accumulated x 2 GPUs"

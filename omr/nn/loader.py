@@ -103,7 +103,7 @@ class Tensors:
         """Tensor `name` on the device. Raises InputError unless it is there, of this shape and one of these dtypes."""
         path = self._file_of.get(name)
         if path is None:
-            raise InputError(f"{self.folder}: tensor {name} is missing from the checkpoint")
+            raise InputError(f"{self.folder}: tensor {name} is missing from the checkpoint; fetch or quantise it again")
         try:
             tensor = self._open[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
