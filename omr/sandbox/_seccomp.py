@@ -11,8 +11,9 @@ Two kinds of session differ: `python` may not start processes; `shell` may fork 
 
 Without a root of its own, a session may not change modes and times of files: Landlock does not cover those.
 
-Refused on purpose although limits exist: memfd, SysV and POSIX shared memory (outside RLIMIT_AS), F_SETPIPE_SZ,
-sendmsg (descriptors in flight escape RLIMIT_NOFILE), namespaces, mounts, ptrace, bpf, io_uring, userfaultfd, keyrings.
+Refused on purpose although limits exist: locks on files (two sessions could talk through one on /dev/null; SQLite works
+in memory only), memfd, SysV and POSIX shared memory (outside RLIMIT_AS), F_SETPIPE_SZ, sendmsg (descriptors in flight
+escape RLIMIT_NOFILE), namespaces, mounts, ptrace, bpf, io_uring, userfaultfd, keyrings.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _CLONE_NAMESPACES = 0x7E020000
 _MODE_FILTER, _SPEC_ALLOW = 1, 4
 
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
-_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)  # dup, flags, locks, F_DUPFD_CLOEXEC, F_GETPIPE_SZ
+_FCNTLS = (0, 1, 2, 3, 4, 1030, 1032)  # dup, flags, F_DUPFD_CLOEXEC, F_GETPIPE_SZ
 _PRCTLS = (3, 15, 16, 21, 39, 0x53564D41)  # names, questions, and glibc naming its memory
 _AF_UNIX, _SOCK_STREAM, _SOCK_FLAGS = 1, 1, 0o2004000
 

@@ -81,10 +81,7 @@ class Result:
 
 def majority(ballots: Sequence[Ballot], by: Weight = Weight.equal) -> Result:
     """The winner by weight; ties by `first_sample`. The order of `ballots` does not matter."""
-    groups: dict[str, list[Ballot]] = {}
-    for ballot in sorted(ballots, key=lambda b: b.sample):
-        if ballot.answer is not None:
-            groups.setdefault(vote_key(ballot.answer), []).append(ballot)
+    groups = _groups(ballots)
     if not groups:
         return Result(answer=None, votes=0.0, runner_up=0.0, total=0.0, tied=False)
     weights = {key: sum(b.weight(by) for b in group) for key, group in groups.items()}
@@ -100,10 +97,34 @@ def majority(ballots: Sequence[Ballot], by: Weight = Weight.equal) -> Result:
     )
 
 
-def is_decided(ballots: Sequence[Ballot], remaining: int, by: Weight = Weight.equal) -> bool:
-    """Whether no `remaining` further votes, each of weight at most 1, can change the winner or make a tie."""
-    result = majority(ballots, by)
-    return result.answer is not None and result.votes > result.runner_up + remaining + 1e-9
+def _groups(ballots: Sequence[Ballot]) -> dict[str, list[Ballot]]:
+    """Ballots by their answer's key, lowest samples first; those without an answer left out."""
+    groups: dict[str, list[Ballot]] = {}
+    for ballot in sorted(ballots, key=lambda b: b.sample):
+        if ballot.answer is not None:
+            groups.setdefault(vote_key(ballot.answer), []).append(ballot)
+    return groups
+
+
+def is_decided(ballots: Sequence[Ballot], planned: int, by: Weight = Weight.equal) -> bool:
+    """Whether the samples of range(planned) that are missing, each of weight at most 1, cannot change the winner.
+
+    The best that they can do for another answer is to vote for it all together. That may make a tie, which
+    `first_sample` settles for the winner if its first vote is from a lower sample than any of the others could be: with
+    16 planned, 8 equal votes of the samples 0 to 7 decide.
+    """
+    missing = sorted(set(range(planned)) - {ballot.sample for ballot in ballots})
+    result, groups = majority(ballots, by), _groups(ballots)
+    if result.answer is None:
+        return False
+    lead = result.votes - result.runner_up - len(missing)
+    if lead > 1e-9 or not missing:
+        return True
+    if lead < -1e-9 or by in (Weight.length, Weight.code):  # sums of fractions: an exact tie is rounding
+        return False
+    leader = groups.pop(vote_key(result.answer))
+    rivals = [g[0].sample for g in groups.values() if sum(b.weight(by) for b in g) >= result.runner_up]
+    return leader[0].sample < min([missing[0], *rivals])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +135,7 @@ class StopPolicy:
     stop_after: int | None = None
     """First K finished."""
     when_decided: bool = False
-    """The majority is unbeatable by what remains."""
+    """What remains cannot change the winner, ties settled as in the vote."""
     agreement: float | None = None
     """The leader's share of the votes reaches this ..."""
     agreement_after: int = 3
@@ -140,7 +161,7 @@ class StopPolicy:
             return None
         if self.stop_after is not None and done >= self.stop_after:
             return f"first {done} of {self.planned}"
-        if self.when_decided and is_decided(ballots, self.planned - done, self.weight):
+        if self.when_decided and is_decided(ballots, self.planned, self.weight):
             return f"decided after {done} of {self.planned}"
         if self.agreement is not None and done >= self.agreement_after:
             result = majority(ballots, self.weight)
@@ -159,8 +180,9 @@ class StopPolicy:
             return remaining
         leader = majority(ballots, self.weight).answer or "the first answer"
         hoped = list(ballots)
-        for more in range(1, remaining):
-            hoped.append(Ballot(sample=self.planned + more, answer=leader))
+        missing = sorted(set(range(self.planned)) - {ballot.sample for ballot in ballots})
+        for more, sample in enumerate(missing[:-1], 1):
+            hoped.append(Ballot(sample=sample, answer=leader))
             if self.reason(hoped):
                 return more
         return remaining

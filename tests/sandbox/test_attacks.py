@@ -128,6 +128,26 @@ def test_sessions_do_not_see_each_other(client: LocalClient) -> None:
     assert state.stdout == "False False\n"
 
 
+def test_sessions_cannot_talk_through_locks(client: LocalClient) -> None:
+    """Files of the root, and /dev/null, are the same for all: a lock that one holds another could ask for."""
+    hold = "import fcntl\nshared = open('/dev/null', 'w')\nfcntl.lockf(shared, fcntl.LOCK_EX, 7, 3)"
+    ask = (
+        "import fcntl, struct\nasked = struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, 3, 7, 0)\n"
+        "held = struct.unpack('hhqqi4x', fcntl.fcntl(open('/dev/null', 'w'), fcntl.F_GETLK, asked))[0]\n"
+        "print('seen' if held == fcntl.F_WRLCK else 'free')"
+    )
+
+    async def body() -> tuple[Outcome, Outcome]:
+        a, b = client.session(), client.session()
+        try:
+            return await a.execute(hold), await b.execute(ask)
+        finally:
+            await a.close()
+            await b.close()
+
+    assert all("PermissionError" in outcome.stdout for outcome in asyncio.run(body()))
+
+
 @pytest.mark.slow
 def test_endless_recursion_ends(client: LocalClient) -> None:
     async def body() -> Outcome:

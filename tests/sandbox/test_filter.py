@@ -126,6 +126,7 @@ def test_arguments_decide(arch: str) -> None:
     call = Filter(arch)
     assert [call("ioctl", 1, request) for request in (0x5401, 0x5412, 0x541B)] == [ALLOW, EPERM, ALLOW]
     assert [call("fcntl", 1, command) for command in (3, 8, 1024, 1030, 1031)] == [ALLOW, EPERM, EPERM, ALLOW, EPERM]
+    assert {call("fcntl", 1, lock) for lock in (5, 6, 7, 36, 37, 38)} == {EPERM}
     assert [call("prctl", option) for option in (1, 4, 15, 22, 24, 38)] == [EPERM, EPERM, ALLOW, EPERM, EPERM, EPERM]
     assert [call("prlimit64", pid) for pid in (0, 1, 4711)] == [ALLOW, EPERM, EPERM]
     assert [call("sendto", 3, 0, 1, 0, address) for address in (0, 1, 1 << 40)] == [ALLOW, EPERM, EPERM]

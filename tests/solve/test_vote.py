@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from omr.errors import ConfigError
+from omr.solve.answer import vote_key
 from omr.solve.vote import Ballot, StopPolicy, TimeBank, Weight, is_decided, majority
 
 ANSWERS = st.sampled_from(["7", "07", "7.0", "8", "\\frac{1}{2}", "0.5", "x", None])
@@ -31,34 +33,60 @@ def ballots(draw: st.DrawFn, most: int = 9) -> list[Ballot]:
     ]
 
 
+def winner(cast: list[Ballot], by: Weight = Weight.equal) -> str | None:
+    answer = majority(cast, by).answer
+    return None if answer is None else vote_key(answer)
+
+
+def part_of(cast: list[Ballot], planned: int, data: st.DataObject) -> tuple[list[Ballot], list[int]]:
+    """`cast` with samples drawn from range(planned), and the samples that are missing."""
+    samples = data.draw(st.permutations(range(planned)))
+    kept = [replace(b, sample=s) for b, s in zip(cast, samples, strict=False)]
+    return kept, samples[len(kept) :]
+
+
 @given(ballots(most=6), st.integers(0, 5), st.data())
 def test_a_decided_majority_is_never_changed_by_the_remaining_votes(
     cast: list[Ballot], remaining: int, data: st.DataObject
 ) -> None:
+    """Every way to vote, with all weights: nobody else wins, not by a tie either."""
     by = data.draw(st.sampled_from(list(Weight)))
-    if not is_decided(cast, remaining, by):
+    cast, missing = part_of(cast, len(cast) + remaining, data)
+    if not is_decided(cast, len(cast) + remaining, by):
         return
-    winner = majority(cast, by).answer
     for answers in itertools.product(["7", "8", "new", None], repeat=min(remaining, 4)):
-        late = [Ballot(sample=-1 - i, answer=answer) for i, answer in enumerate(answers)]
-        result = majority([*cast, *late], by)
-        assert result.answer is not None and winner is not None
-        assert majority([Ballot(sample=0, answer=winner), Ballot(sample=1, answer=result.answer)]).tied is False
-        assert not result.tied
+        late = [Ballot(sample=s, answer=answer) for s, answer in zip(missing, answers, strict=False)]
+        assert winner([*cast, *late], by) == winner(cast, by) is not None
 
 
-@given(ballots())
-def test_an_undecided_majority_can_still_be_changed(cast: list[Ballot]) -> None:
-    result = majority(cast)
-    for remaining in range(10):
-        if is_decided(cast, remaining):
+@given(ballots(), st.data())
+def test_an_undecided_majority_can_still_be_changed(cast: list[Ballot], data: st.DataObject) -> None:
+    for remaining in range(1, 10):
+        partly, missing = part_of(cast, len(cast) + remaining, data)
+        if is_decided(partly, len(cast) + remaining):
             continue
         others = sorted({b.answer or "new" for b in cast if b.answer} | {"new"})
-        outcomes = [
-            majority([*cast, *(Ballot(sample=100 + i, answer=other) for i in range(remaining))]) for other in others
-        ]
-        changed = any(o.answer != result.answer or o.tied for o in outcomes)
-        assert changed or result.answer is None
+        outcomes = [winner([*partly, *(Ballot(sample=s, answer=other) for s in missing)]) for other in others]
+        assert any(outcome != winner(partly) for outcome in outcomes) or winner(partly) is None
+
+
+@given(st.lists(st.sampled_from(["1", "2", None]), min_size=2, max_size=7), st.data())
+def test_decided_is_exactly_that_no_completion_elects_another(answers: list[str | None], data: st.DataObject) -> None:
+    planned = len(answers)
+    cast, missing = part_of([Ballot(sample=0, answer=a) for a in answers[: planned // 2]], planned, data)
+    others = ["1", "2", "3", None]
+    elected = {
+        winner([*cast, *(Ballot(sample=s, answer=a) for s, a in zip(missing, late, strict=True))])
+        for late in itertools.product(others, repeat=len(missing))
+    }
+    assert is_decided(cast, planned) == (elected == {winner(cast)} and winner(cast) is not None)
+
+
+def test_half_of_the_votes_decide_if_they_came_first() -> None:
+    first = [Ballot(sample=i, answer="7") for i in range(8)]
+    assert is_decided(first, 16) and not is_decided(first[:7], 16)
+    late = [Ballot(sample=i, answer="7") for i in range(1, 9)]  # sample 0 may open another answer with eight votes
+    assert not is_decided(late, 16) and is_decided([*late, Ballot(sample=9, answer="7")], 16)
 
 
 @given(ballots(), st.randoms(use_true_random=False))
@@ -103,17 +131,17 @@ def test_policies_give_reasons_only_when_their_condition_holds(cast: list[Ballot
         first = StopPolicy(planned=planned, stop_after=max(1, planned - 1)).reason(done)
         assert (first is not None) == (len(done) >= max(1, planned - 1))
         decided = StopPolicy(planned=planned, when_decided=True).reason(done)
-        assert (decided is not None) == is_decided(done, planned - len(done))
+        assert (decided is not None) == is_decided(done, planned)
         agreed = StopPolicy(planned=planned, agreement=0.75, agreement_after=3).reason(done)
         assert (agreed is not None) == (len(done) >= 3 and majority(done).share >= 0.75)
 
 
-@given(ballots(), st.integers(1, 14), st.booleans(), st.sampled_from([None, 0.6, 0.9]))
+@given(ballots(), st.integers(1, 14), st.booleans(), st.sampled_from([None, 0.6, 0.9]), st.data())
 def test_what_is_needed_is_the_least_that_could_end_it(
-    cast: list[Ballot], planned: int, when_decided: bool, agreement: float | None
+    cast: list[Ballot], planned: int, when_decided: bool, agreement: float | None, data: st.DataObject
 ) -> None:
     policy = StopPolicy(planned=planned, when_decided=when_decided, agreement=agreement)
-    done = cast[:planned]
+    done, missing = part_of(cast[:planned], planned, data)
     needed, remaining = policy.needed(done), planned - len(done)
     assert 0 <= needed <= remaining and (needed >= 1 or remaining == 0)
     if policy.reason(done) or not (when_decided or agreement):
@@ -121,7 +149,7 @@ def test_what_is_needed_is_the_least_that_could_end_it(
     answers = sorted({b.answer for b in done if b.answer} | {"new"})
     for fewer in range(1, needed):  # no votes for any one answer end it sooner
         for answer in answers:
-            assert policy.reason([*done, *(Ballot(sample=99 + i, answer=answer) for i in range(fewer))]) is None
+            assert policy.reason([*done, *(Ballot(sample=s, answer=answer) for s in sorted(missing)[:fewer])]) is None
 
 
 @pytest.mark.parametrize(
