@@ -163,6 +163,7 @@ def own_text(run: Run, how: OwnText, rows: int, base: Made) -> Made:
     cfg, model = run.cfg, run.cfg.model
     recipe = {
         **content(how),
+        "tools": how.uses_tools and cfg.sandbox.option_name != "none",
         "problems": None if how.problems else content(model.text),
         "rows": rows,
         "prompt": model.prompt,
