@@ -73,7 +73,7 @@ def preflight(cfg: Config) -> None:
         _require_room_to_make(cfg, device)
     dataset.preflight(cfg.model.text)
     cfg.benchmark.preflight()
-    own = cfg.drafter.own_text() if cfg.job.serves or cfg.job.trains else None
+    own = cfg.drafter.own_text() if cfg.job.trains or cfg.job.needs_backend(cfg.server) else None
     if own:
         on_policy.problem_source(own)
     if cfg.job.uses_tools or (own and own.uses_tools):
@@ -163,6 +163,7 @@ def own_text(run: Run, how: OwnText, rows: int, base: Made) -> Made:
     cfg, model = run.cfg, run.cfg.model
     recipe = {
         **content(how),
+        "tools": how.uses_tools and cfg.sandbox.option_name != "none",
         "problems": None if how.problems else content(model.text),
         "rows": rows,
         "prompt": model.prompt,

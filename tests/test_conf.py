@@ -68,6 +68,12 @@ def test_the_quickstart_is_exactly_three_cells() -> None:
     assert cells == [("bf16", "none", "quickstart"), ("fp8", "none", "quickstart"), ("fp8", "redrafter", "quickstart")]
 
 
+def test_own_text_beside_the_corpus_is_two_cells() -> None:
+    made = plan(["+own_text=sweep"], multirun=False)
+    assert not made.refused
+    assert [fields_of(c.cfg.drafter)["train"]["data"] for c in made.cells] == ["self", "text"]
+
+
 def test_a_grid_is_expanded() -> None:
     made = plan(
         ["+experiment=fp8_redrafter", "quant=bf16,fp8,int8_wo", "drafter=none,redrafter"],

@@ -79,6 +79,7 @@ def check(option: Option) -> None:
         "drafter.draft_vocab_size": (option.draft_vocab_size, 0),
         "drafter.train.distil": (how.distil, 0.0),
         "drafter.train.patience": (how.patience, 0),
+        "drafter.train.cache_states": (how.cache_states, False),
     }
     for name, (value, able) in asked.items():
         if value != able:

@@ -109,6 +109,7 @@ def test_head_for_another_base(base: Path, text: Path, tmp_path: Path) -> None:
         ({"draft_vocab_size": 9}, {}, "drafter.draft_vocab_size"),
         ({}, {"distil": 0.5}, "drafter.train.distil"),
         ({}, {"patience": 1, "eval_every": 1}, "drafter.train.patience"),
+        ({}, {"cache_states": True}, "drafter.train.cache_states"),
     ],
 )
 def test_recipes_they_cannot_train(change: dict[str, object], how: dict[str, float], name: str) -> None:

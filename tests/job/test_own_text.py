@@ -27,7 +27,7 @@ from omr.server import Endpoint
 from omr.solve.prompt import CODE_TAGS
 from omr.text import read_text
 
-from .conftest import PlainTokenizer, config, solve_sums, write_sums
+from .conftest import Calculator, PlainTokenizer, config, solve_sums, write_sums
 from .fake_server import FakeServer, serving
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return once
 
 
-def test_solutions_become_text_with_exact_spans(write: Write, tmp_path: Path) -> None:
+def test_solutions_become_text_with_exact_spans(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [f"drafter.train.own.problems={write_sums(tmp_path, 6)}", "drafter.train.own.generations=2"]
     with serving(solve_sums) as server:
         made = write(server, 12, *wanted)
@@ -90,6 +90,9 @@ def test_solutions_become_text_with_exact_spans(write: Write, tmp_path: Path) ->
         ]
         folders = {made, *(write(server, 12, *wanted, *other) for other in others)}
         assert len(folders) == 5
+        with monkeypatch.context() as patched:
+            patched.setattr(Calculator, "option_name", "none")  # a sandbox that runs nothing
+            assert write(server, 12, *wanted) == write(server, 12, *wanted, "drafter.train.own.tools=false") != made
     with serving(lambda body: "It is \\boxed{1}.") as server:
         folders |= {write(server, 2), write(server, 2, "model.text.seed=3")}
         assert len(folders) == 7
