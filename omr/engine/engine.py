@@ -89,7 +89,7 @@ class Engine:
         )
         self.runner = self._runner(decoder, cache, max_batch_size, draft)
         self.pace = Pace(num_draft_tok) if draft and getattr(draft, "adaptive", False) else None
-        self.counts = SpecCounts(accepted_per_pos=[0] * num_draft_tok)
+        self.counts = SpecCounts(accepted_per_pos=[0] * num_draft_tok, drafted_per_pos=[0] * num_draft_tok)
         self._seqs: dict[str, Sequence] = {}
 
     def _runner(self, decoder: Decoder, cache: KVCache, max_batch_size: int, draft: DraftModel | None) -> Runner:
