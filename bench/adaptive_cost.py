@@ -30,7 +30,7 @@ def cpu_seconds(engine: Engine, count: int, max_tokens: int) -> tuple[float, lis
     tokens: dict[str, list[int]] = {}
     for i in range(count):
         prompt = [rng.randrange(vocab) for _ in range(24)]
-        request = Request(id=str(i), prompt_ids=prompt, max_tokens=max_tokens, temperature=1.0, seed=i, ignore_eos=True)
+        request = Request(id=str(i), prompt_ids=prompt, max_tokens=max_tokens, ignore_eos=True)
         engine.add(request)
         tokens[request.id] = []
     start = time.process_time()

@@ -14,13 +14,13 @@ from omr.machine import gpu_names, has_gpu
 from omr.option import discover
 
 BACKENDS = {
-    "tensorrt_llm": "trtllm",
-    "vllm": "vllm",
-    "sglang": "sglang",
-    "nemo_skills": "nemo",
-    "recurrent_drafting": "redrafter",
+    "tensorrt_llm": "pip install 'omr[trtllm]'",
+    "vllm": "pip install 'omr[vllm]'",
+    "sglang": "pip install 'omr[sglang]'",
+    "nemo_skills": "pip install 'omr[nemo]'",
+    "recurrent_drafting": "pip install git+https://github.com/apple/ml-recurrent-drafter (Python 3.10)",
 }
-"""Optional packages and the extra that brings each."""
+"""Optional packages and what brings each."""
 
 
 def main(argv: list[str]) -> int:
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> int:
             except OmrError as error:
                 ok = ok and name != "local"
                 row(f"sandbox={name}", str(error))
-    for package, extra in BACKENDS.items():
+    for package, fix in BACKENDS.items():
         there = importlib.util.find_spec(package) is not None
-        row(package, "installed" if there else f"not installed; pip install 'omr[{extra}]'")
+        row(package, "installed" if there else f"not installed; {fix}")
     return 0 if ok else 1
 
 

@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from omr.drafter.redrafter import Redrafter as Option
 
 MODULES = {"nemo_skills": "nemo_skills.training.train_redrafter", "apple": "recurrent_drafting.cmd.train"}
-PACKAGES = {"nemo_skills": ("nemo_skills", "nemo"), "apple": ("recurrent_drafting", "redrafter")}
+PACKAGES = {
+    "nemo_skills": ("nemo_skills", "pip install 'omr[nemo]'"),
+    "apple": (
+        "recurrent_drafting",
+        "pip install git+https://github.com/apple/ml-recurrent-drafter in an environment of Python 3.10, named by "
+        "drafter.train.python",
+    ),
+}
+"""Package of each program, and how it is had."""
 LOG_EVERY = 20
 
 
@@ -94,9 +102,9 @@ def fit_elsewhere(option: Option, base: Path, text: Path, out: Path, device: str
     from omr.drafter._redrafter_fit import import_head
 
     trainer = option.train.trainer.value
-    package, extra = PACKAGES[trainer]
+    package, fix = PACKAGES[trainer]
     if option.train.python is None and importlib.util.find_spec(package) is None:
-        raise MissingBackend(package, extra=extra, why=f"drafter.train.trainer={trainer} runs it")
+        raise MissingBackend(package, fix=fix, why=f"drafter.train.trainer={trainer} runs it")
     if device != "cuda" and option.train.python is None:
         raise MissingBackend(
             "a CUDA device",

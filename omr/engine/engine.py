@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import time
 
 from omr.drafter import DraftModel
 from omr.engine.blocks import BlockPool
@@ -88,8 +89,10 @@ class Engine:
             prefix_caching=prefix_caching,
         )
         self.runner = self._runner(decoder, cache, max_batch_size, draft)
-        self.pace = Pace(num_draft_tok) if draft and getattr(draft, "adaptive", False) else None
-        self.counts = SpecCounts(accepted_per_pos=[0] * num_draft_tok)
+        # On CPU other programs must not be taken for slow steps; a GPU's time is not this thread's.
+        clock = time.perf_counter if decoder.device.type == "cuda" else time.thread_time
+        self.pace = Pace(num_draft_tok, clock) if draft and getattr(draft, "adaptive", False) else None
+        self.counts = SpecCounts(accepted_per_pos=[0] * num_draft_tok, drafted_per_pos=[0] * num_draft_tok)
         self._seqs: dict[str, Sequence] = {}
 
     def _runner(self, decoder: Decoder, cache: KVCache, max_batch_size: int, draft: DraftModel | None) -> Runner:

@@ -13,7 +13,6 @@ decoding is that much slower than without a drafter, plus a few steps at the sta
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +25,8 @@ FIRST_STEPS = 2
 """Steps of each length before anything is decided, after one that is not counted (it may compile or capture)."""
 RATE_STEPS = 48
 """Steps over which an acceptance rate is averaged, with weights that fall off."""
+HELD_STEPS = 4
+"""Steps for which a choice stands, so that choosing costs little."""
 RARELY = 400
 """Steps after which another length is tried however little that would cost."""
 
@@ -42,14 +43,20 @@ class Pace:
         self._clock = clock
         self.lengths = lengths(num_draft_tok)
         self._times: dict[tuple[int, int], deque[float]] = {}
+        self._took: dict[tuple[int, int], float] = {}
+        """Median of each, once there are enough to decide by."""
         self._seen: dict[tuple[int, int], int] = {}
         self._tried: dict[tuple[int, int], int] = {}
         """Number of the step at which a length was last run."""
         self._rates = [0.0] * num_draft_tok
         """Share of drafts whose first i + 1 tokens were all accepted."""
         self._rated = [0] * num_draft_tok
+        self._gives = dict.fromkeys(self.lengths, 1.0)
+        """Tokens of a step with so many drafts."""
         self._steps = 0
         self._since_trial = 0
+        self._held: dict[int, tuple[int, int]] = {}
+        """By bucket: the chosen length, and for how many steps more."""
         self._started = 0.0
         self._step = (0, 0)
 
@@ -68,26 +75,35 @@ class Pace:
         elapsed = self._clock() - self._started
         seen = self._seen[self._step] = self._seen.get(self._step, 0) + 1
         if seen > 1:
-            self._times.setdefault(self._step, deque(maxlen=KEPT_STEPS)).append(elapsed)
+            times = self._times.setdefault(self._step, deque(maxlen=KEPT_STEPS))
+            times.append(elapsed)
+            if len(times) >= FIRST_STEPS:
+                self._took[self._step] = sorted(times)[len(times) // 2]
         if not accepted:
             return
         for i in range(self._step[1]):
             share = sum(count > i for count in accepted) / len(accepted)
             self._rated[i] += 1
             self._rates[i] += (share - self._rates[i]) / min(self._rated[i], RATE_STEPS)
+        self._gives = {length: 1 + sum(self._rates[:length]) for length in self.lengths}
 
     def _choose(self, bucket: int) -> int:
+        self._since_trial += 1
+        best, steps = self._held.get(bucket, (0, 0))
+        if steps:
+            self._held[bucket] = best, steps - 1
+            return best
+        took, gives = self._took, self._gives
         for length in (self.lengths[0], 0, *self.lengths[1:-1]):
-            if len(self._times.get((bucket, length), ())) < FIRST_STEPS:
+            if (bucket, length) not in took:
                 return length
-        took = {length: statistics.median(self._times[bucket, length]) for length in self.lengths}
-        gives = {length: 1 + sum(self._rates[:length]) for length in self.lengths}
-        best = max(self.lengths, key=lambda length: gives[length] / took[length])
+        best = max(self.lengths, key=lambda length: gives[length] / took[bucket, length])
         other = min((length for length in self.lengths if length != best), key=lambda o: self._tried[bucket, o])
         # A trial loses its time less what the best length would need for the same tokens; in steps of that length.
-        lost = took[other] / took[best] - gives[other] / gives[best]
-        self._since_trial += 1
-        if self._since_trial >= min(RARELY, max(1.0, lost / LOSS)):
+        lost = took[bucket, other] / took[bucket, best] - gives[other] / gives[best]
+        due = min(RARELY, max(1.0, lost / LOSS))
+        if self._since_trial >= due:
             self._since_trial = 0
             return other
+        self._held[bucket] = best, min(HELD_STEPS - 1, max(0, int(due) - self._since_trial - 1))
         return best

@@ -15,7 +15,9 @@ from omr.server import SpecCounts
 
 
 def acceptance(counts: SpecCounts) -> dict[str, float]:
-    """Rates from raw counts: marginal is over all drafts, conditional over those accepted up to the position before."""
+    """Rates from raw counts: marginal is over all drafts that reach the position, conditional is marginal over the one
+    before: the share of the drafts accepted so far.
+    """
     metrics: dict[str, float] = {
         "accept/drafts": counts.drafts,
         "accept/draft_tok": counts.draft_tokens,
@@ -26,12 +28,14 @@ def acceptance(counts: SpecCounts) -> dict[str, float]:
     metrics["accept/len_mean_tok"] = 1 + counts.accepted_tokens / counts.drafts
     if counts.draft_tokens:
         metrics["accept/rate"] = counts.accepted_tokens / counts.draft_tokens
-    before = counts.drafts
-    for position, accepted in enumerate(counts.accepted_per_pos, 1):
-        metrics[f"accept/pos{position}_marginal"] = accepted / counts.drafts
-        if before:
-            metrics[f"accept/pos{position}_conditional"] = accepted / before
-        before = accepted
+    before = 1.0
+    for position, (accepted, drafted) in enumerate(zip(counts.accepted_per_pos, counts.drafted, strict=True), 1):
+        marginal = accepted / drafted if drafted else 0.0
+        metrics[f"accept/pos{position}_marginal"] = marginal
+        metrics[f"accept/pos{position}_drafted"] = drafted / counts.drafts
+        if before and drafted:
+            metrics[f"accept/pos{position}_conditional"] = marginal / before
+        before = marginal
     for size, (drafts, drafted, accepted) in sorted(counts.by_context.items()):
         metrics[f"accept/context{size}_drafts"] = drafts
         metrics[f"accept/context{size}_len_mean_tok"] = 1 + accepted / drafts
@@ -71,14 +75,20 @@ def prediction(trained: Mapping[str, float], served: Mapping[str, float]) -> dic
     known = [share for share in prefixes if share is not None]
     if not known or len(known) < positions or "accept/len_mean_tok" not in served:
         return {}
-    predicted, length = 1 + sum(known), served["accept/len_mean_tok"]
+    reached = [served.get(f"accept/pos{i}_drafted", 1.0) for i in range(1, positions + 1)]  # drafts may be shorter
+    predicted, length = 1 + _weighted(known, reached), served["accept/len_mean_tok"]
     metrics = {f"accept/pos{i}_predicted": share for i, share in enumerate(known, 1)}
     metrics |= {"accept/len_predicted_tok": predicted, "accept/len_gap_tok": length - predicted}
     replays = [trained[name] for i in range(positions) if (name := f"redrafter{i}_replay") in trained]
     if len(replays) == positions:
         metrics |= {f"accept/pos{i}_replayed": share for i, share in enumerate(replays, 1)}
-        metrics |= {"accept/len_replayed_tok": 1 + sum(replays), "accept/len_replay_gap_tok": length - 1 - sum(replays)}
+        replayed = 1 + _weighted(replays, reached)
+        metrics |= {"accept/len_replayed_tok": replayed, "accept/len_replay_gap_tok": length - replayed}
     return metrics
+
+
+def _weighted(shares: Sequence[float], reached: Sequence[float]) -> float:
+    return sum(share * weight for share, weight in zip(shares, reached, strict=True))
 
 
 RAW = (("drafts", "drafts"), ("draft_tok", "tokens drafted"), ("accepted_tok", "accepted"))
@@ -117,7 +127,7 @@ def tables(metrics: Mapping[str, float]) -> list[str]:
     if positions:
         lines += [
             "",
-            "| draft position | accepted of all drafts | predicted | replayed | accepted if the one before was |",
+            "| draft position | accepted of drafts that long | predicted | replayed | accepted if the one before was |",
         ]
         lines += ["| --- | ---: | ---: | ---: | ---: |"]
         for i in range(1, positions + 1):

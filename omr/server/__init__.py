@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,7 +58,10 @@ class SpecCounts:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_per_pos: list[int] = field(default_factory=list)
-    """Draft tokens accepted at position i; `drafts` is the denominator of the marginal rate."""
+    """Draft tokens accepted at position i."""
+    drafted_per_pos: list[int] = field(default_factory=list)
+    """Drafts that had a token at position i, the denominator of its marginal rate; empty where every draft has one
+    at every position. An adaptive drafter makes them as long as pays."""
     by_context: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """(drafts, draft tokens, accepted) of steps whose sequence was up to so many tokens long and over half as many;
     see `context_bucket`. Empty where the server does not tell."""
@@ -69,12 +73,20 @@ class SpecCounts:
             draft_tokens=self.draft_tokens - before.draft_tokens,
             accepted_tokens=self.accepted_tokens - before.accepted_tokens,
             accepted_per_pos=[now - then for now, then in zip(self.accepted_per_pos, was, strict=True)],
+            drafted_per_pos=[
+                now - then for now, then in zip_longest(self.drafted_per_pos, before.drafted_per_pos, fillvalue=0)
+            ],
             by_context={
                 size: (now[0] - then[0], now[1] - then[1], now[2] - then[2])
                 for size, now in self.by_context.items()
                 if (then := before.by_context.get(size, (0, 0, 0))) != now
             },
         )
+
+    @property
+    def drafted(self) -> list[int]:
+        """The denominators of `accepted_per_pos`."""
+        return self.drafted_per_pos or [self.drafts] * len(self.accepted_per_pos)
 
     def count(self, context_tok: int, drafted: int, accepted: int) -> None:
         """Add one step of a sequence of `context_tok` tokens."""
@@ -83,6 +95,8 @@ class SpecCounts:
         self.accepted_tokens += accepted
         for position in range(accepted):
             self.accepted_per_pos[position] += 1
+        for position in range(min(drafted, len(self.drafted_per_pos))):
+            self.drafted_per_pos[position] += 1
         size = context_bucket(context_tok)
         drafts, draft_tok, accepted_tok = self.by_context.get(size, (0, 0, 0))
         self.by_context[size] = drafts + 1, draft_tok + drafted, accepted_tok + accepted

@@ -55,20 +55,20 @@ class Metrics:
             histogram("omr:e2e_request_latency_seconds", "Arrival to last token.", self.e2e, who),
         ]
         if spec is not None:
-            name = "omr:spec_decode_num_accepted_tokens_per_pos_total"
             parts += [
                 _one("spec_decode_num_drafts_total", "counter", "Steps with a draft, per sequence.", spec.drafts, who),
                 _one("spec_decode_num_draft_tokens_total", "counter", "Tokens drafted.", spec.draft_tokens, who),
                 _one("spec_decode_num_accepted_tokens_total", "counter", "And accepted.", spec.accepted_tokens, who),
-                metric(
-                    name,
-                    "counter",
-                    "Drafted tokens accepted at each position.",
-                    [sample(name, n, {**who, "position": str(i)}) for i, n in enumerate(spec.accepted_per_pos)],
-                ),
+                _per_pos("accepted", "Drafted tokens accepted at each position.", spec.accepted_per_pos, who),
+                _per_pos("draft", "Tokens drafted at each position.", spec.drafted_per_pos, who),
                 *(_by_context(place, kind, spec, who) for place, kind in enumerate(BY_CONTEXT)),
             ]
         return "".join(parts)
+
+
+def _per_pos(kind: str, about: str, values: list[int], who: dict[str, str]) -> str:
+    name = f"omr:spec_decode_num_{kind}_tokens_per_pos_total"
+    return metric(name, "counter", about, [sample(name, n, {**who, "position": str(i)}) for i, n in enumerate(values)])
 
 
 def _by_context(place: int, kind: str, spec: SpecCounts, who: dict[str, str]) -> str:

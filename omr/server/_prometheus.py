@@ -94,14 +94,15 @@ def spec_counts(text: str, prefix: str) -> SpecCounts | None:
     """vLLM's four speculation counters under `prefix`, summed over engines; None when the page has none of them."""
     totals: dict[str, float] = {}
     contexts: dict[int, list[int]] = {}
-    per_pos: dict[int, float] = {}
+    per_pos: dict[str, dict[int, float]] = {"accepted": {}, "draft": {}}
     for one in read(text):
         if not one.name.startswith(prefix):
             continue
         name = one.name.removeprefix(prefix).removesuffix("_total")
-        if name == "accepted_tokens_per_pos":
+        if name.endswith("_tokens_per_pos"):
+            row_of = per_pos.setdefault(name.removesuffix("_tokens_per_pos"), {})
             position = int(one.labels.get("position", "0"))
-            per_pos[position] = per_pos.get(position, 0) + one.value
+            row_of[position] = row_of.get(position, 0) + one.value
         elif name.endswith("_by_context"):
             row = contexts.setdefault(int(one.labels["context"]), [0, 0, 0])
             row[BY_CONTEXT.index(name.removesuffix("_by_context"))] += int(one.value)
@@ -113,6 +114,11 @@ def spec_counts(text: str, prefix: str) -> SpecCounts | None:
         drafts=int(totals["drafts"]),
         draft_tokens=int(totals.get("draft_tokens", 0)),
         accepted_tokens=int(totals.get("accepted_tokens", 0)),
-        accepted_per_pos=[int(per_pos.get(i, 0)) for i in range(max(per_pos, default=-1) + 1)],
+        accepted_per_pos=_in_order(per_pos["accepted"]),
+        drafted_per_pos=_in_order(per_pos["draft"]),
         by_context={size: (row[0], row[1], row[2]) for size, row in sorted(contexts.items())},
     )
+
+
+def _in_order(values: dict[int, float]) -> list[int]:
+    return [int(values.get(i, 0)) for i in range(max(values, default=-1) + 1)]

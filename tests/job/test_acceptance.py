@@ -12,7 +12,7 @@ from omr.server.native import Native
 
 def counted() -> SpecCounts:
     """Steps at contexts of 10, 256, 257 and 5000 tokens, of 3 drafted tokens each."""
-    counts = SpecCounts(accepted_per_pos=[0, 0, 0])
+    counts = SpecCounts(accepted_per_pos=[0, 0, 0], drafted_per_pos=[0, 0, 0])
     for context, accepted in ((10, 3), (256, 1), (257, 0), (5000, 2)):
         counts.count(context, 3, accepted)
     return counts
@@ -43,8 +43,27 @@ def test_a_metrics_page_says_what_was_counted_and_differences_are_exact() -> Non
     assert before == counts
     counts.count(300, 3, 3)
     assert counts - before == SpecCounts(
-        drafts=1, draft_tokens=3, accepted_tokens=3, accepted_per_pos=[1, 1, 1], by_context={512: (1, 3, 3)}
+        drafts=1,
+        draft_tokens=3,
+        accepted_tokens=3,
+        accepted_per_pos=[1, 1, 1],
+        drafted_per_pos=[1, 1, 1],
+        by_context={512: (1, 3, 3)},
     )
+
+
+def test_shorter_drafts_lower_no_rate_and_the_prediction_is_of_drafts_that_long() -> None:
+    """An adaptive drafter: 4 drafts of 3 tokens as above, then 4 of one token, 3 of them accepted."""
+    counts = counted()
+    for accepted in (1, 1, 1, 0):
+        counts.count(10, 1, accepted)
+    got = acceptance(counts)
+    assert [got[f"accept/pos{i}_drafted"] for i in (1, 2, 3)] == [1.0, 0.5, 0.5]
+    assert [got[f"accept/pos{i}_marginal"] for i in (1, 2, 3)] == [0.75, 0.5, 0.25]
+    trained = {"redrafter0_prefix": 0.75, "redrafter1_prefix": 0.5, "redrafter2_prefix": 0.25}
+    assert got["accept/len_mean_tok"] == 1 + 9 / 8
+    assert prediction(trained, got)["accept/len_gap_tok"] == pytest.approx(0)
+    assert Native().spec_counts(Metrics("m").render(running=0, waiting=0, kv_usage=0.0, spec=counts)) == counts
 
 
 def test_generations_weigh_alike_or_by_their_tokens() -> None:
