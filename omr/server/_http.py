@@ -90,6 +90,7 @@ def load(spec: NativeSpec) -> Loaded:
             f"the KV cache holds {tokens} tokens, one sequence may take model.context_tokens={spec.context_tokens}; "
             "raise server.kv_cache_tokens or lower the context"
         )
+    require_kv_room(tokens, model)
     engine = Engine(
         model,
         max_batch_size=spec.max_batch_size,
@@ -118,10 +119,28 @@ def kv_capacity(spec: NativeSpec, model: Any) -> int:
     cached = 4 * everything  # as much again, three times over, for prefixes worth keeping
     if spec.device != "cuda":
         return everything
-    config = model.config
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     free, _ = torch.cuda.mem_get_info()
-    return int(min(free * spec.kv_cache_fraction // per_token, cached))
+    return int(min(free * spec.kv_cache_fraction // kv_bytes(model), cached))
+
+
+def kv_bytes(model: Any) -> int:
+    """Bytes of keys and values of one token in all layers."""
+    config = model.config
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize)
+
+
+def require_kv_room(tokens: int, model: Any) -> None:
+    """Raise ConfigError for a KV cache larger than the memory that is free."""
+    import psutil
+    import torch
+
+    needed = tokens * kv_bytes(model)
+    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"a KV cache of {tokens} tokens takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower "
+            "server.kv_cache_tokens, server.max_batch_size or model.context_tokens"
+        )
 
 
 def default_threads(device: str) -> int:
