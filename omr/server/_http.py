@@ -112,15 +112,11 @@ def load(spec: NativeSpec) -> Loaded:
 
 
 def kv_capacity(spec: NativeSpec, model: Any) -> int:
-    """Tokens of KV cache: on CPU a full batch of full contexts, on CUDA a share of what the weights leave free."""
-    import torch
-
-    everything = spec.max_batch_size * spec.context_tokens
-    cached = 4 * everything  # as much again, three times over, for prefixes worth keeping
-    if spec.device != "cuda":
-        return everything
-    free, _ = torch.cuda.mem_get_info()
-    return int(min(free * spec.kv_cache_fraction // kv_bytes(model), cached))
+    """Tokens of KV cache: a full batch of full contexts, on CUDA as much again three times over for prefixes worth
+    keeping, and no more than a share of the memory that the weights leave free.
+    """
+    wanted = spec.max_batch_size * spec.context_tokens * (4 if spec.device == "cuda" else 1)
+    return min(wanted, int(free_bytes(model) * spec.kv_cache_fraction) // kv_bytes(model))
 
 
 def kv_bytes(model: Any) -> int:
@@ -129,13 +125,17 @@ def kv_bytes(model: Any) -> int:
     return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize)
 
 
-def require_kv_room(tokens: int, model: Any) -> None:
-    """Raise ConfigError for a KV cache larger than the memory that is free."""
+def free_bytes(model: Any) -> int:
+    """Memory that is free where the model is."""
     import psutil
     import torch
 
-    needed = tokens * kv_bytes(model)
-    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    return int(torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def require_kv_room(tokens: int, model: Any) -> None:
+    """Raise ConfigError for a KV cache larger than the memory that is free."""
+    needed, free = tokens * kv_bytes(model), free_bytes(model)
     if needed > free:
         raise ConfigError(
             f"a KV cache of {tokens} tokens takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower "
