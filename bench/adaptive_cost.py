@@ -3,8 +3,8 @@
     python bench/adaptive_cost.py [--model DIR] [--batch 1 8] [--rounds 7] [--threads 1]
 
 The drafter is a ReDrafter head of the default shape with random weights, so that nothing is accepted; the text is the
-model's own, greedy. Each round runs plain decoding, adaptive and fixed drafting in turn, each with a new engine that has
-everything to measure yet; the figure is the median over rounds of the ratio of CPU seconds to plain decoding's.
+model's own, greedy. Each round runs plain decoding, adaptive and fixed drafting in turn, each with a new engine that
+has everything to measure yet; the figure is the median over rounds of the ratio of CPU seconds to plain decoding's.
 """
 
 from __future__ import annotations
