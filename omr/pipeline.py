@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omr import dataset, extra_trackers, on_policy, source, tracker
-from omr.artifact import MANIFEST, content, file_sha256, resume_folder
+from omr.artifact import Store, content, file_sha256, resume_folder
 from omr.benchmark import Problem
 from omr.config import Config, home
 from omr.errors import ResourceError
@@ -89,25 +89,34 @@ def preflight(cfg: Config) -> None:
 def _require_room_to_make(cfg: Config, device: str) -> None:
     """Raise ResourceError when the base does not fit where it is calibrated, or a drafter trained on it.
 
-    Once a checkpoint or drafter is in the store, made here or copied from a larger machine, nothing is said: whether it
-    is the one that this config wants is known only when the weights are here.
+    Once the store has a checkpoint or drafter of such a size, made here or copied from a larger machine, nothing is
+    said: whether it is the one that this config wants is known only when the weights are here.
     """
+    params = cfg.model.params_b * 1e9
+    have = gpu_bytes() if device == "cuda" else host_bytes()
+    if not 0 < have < 2 * params:
+        return
     whole = cfg.job.needs_backend(cfg.server)  # then both are made on the way
-    makes = {
-        "checkpoint": f"quant={cfg.quant.option_name} calibrates"
-        if cfg.quant.calib_samples and (whole or cfg.job.option_name == "build")
-        else "",
-        "drafter": f"drafter={cfg.drafter.option_name} is trained"
-        if cfg.drafter.trained and (whole or cfg.job.option_name == "train")
-        else "",
-    }
-    needed, have = cfg.model.params_b * 2e9, gpu_bytes() if device == "cuda" else host_bytes()
-    for kind, what in makes.items():
-        if what and 0 < have < needed and not any((home() / "artifacts" / kind).glob(f"*/{MANIFEST}")):
+    for kind, makes, what, least in (
+        ("checkpoint", cfg.quant.calib_samples and (whole or cfg.job.option_name == "build"), "calibrates", 0.3),
+        ("drafter", cfg.drafter.trained and (whole or cfg.job.trains), "is trained", 0.01),
+    ):
+        if makes and not _has_artifact(kind, least * params):
+            option = cfg.quant if kind == "checkpoint" else cfg.drafter
+            choice = f"{option.option_group}={option.option_name}"
             raise ResourceError(
-                f"{what} on the whole model, {needed / 1e9:.0f} GB in bfloat16, and this machine's {device} memory is "
-                f"{have / 1e9:.0f} GB; make the {kind} on a larger one and copy artifacts/ here"
+                f"{choice} {what} on the whole model, {2 * params / 1e9:.0f} GB in bfloat16, and this machine's "
+                f"{device} memory is {have / 1e9:.0f} GB; make the {kind} on a larger one and copy artifacts/ here"
             )
+
+
+def _has_artifact(kind: str, least_bytes: float) -> bool:
+    sizes = (
+        sum(file["bytes"] for file in made.manifest["files"].values())
+        for made in Store(home() / "artifacts").all()
+        if made.kind == kind
+    )
+    return any(size >= least_bytes for size in sizes)
 
 
 def weights(run: Run) -> Made:

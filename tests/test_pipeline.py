@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -82,9 +83,15 @@ def test_a_model_too_large_to_be_calibrated_or_trained_on(
     with pytest.raises(ResourceError, match=f"{says}.* 14 GB in bfloat16, and this machine's cpu memory is 9 GB"):
         pipeline.preflight(cfg)
     kind = "checkpoint" if "quant" in says else "drafter"
-    (home / "artifacts" / kind / "0123").mkdir(parents=True)
-    (home / "artifacts" / kind / "0123" / "manifest.json").write_text("{}")
-    pipeline.preflight(cfg)
+    folder = home / "artifacts" / kind / "0123"
+    folder.mkdir(parents=True)
+    for size, enough in ((6_000_000, False), (7_000_000_000, True)):
+        (folder / "manifest.json").write_text(json.dumps({"files": {"a": {"bytes": size}}}))
+        if enough:
+            pipeline.preflight(cfg)
+        else:
+            with pytest.raises(ResourceError, match=says):
+                pipeline.preflight(cfg)
 
 
 def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,7 @@ def load(spec: NativeSpec) -> Loaded:
             f"the KV cache holds {tokens} tokens, one sequence may take model.context_tokens={spec.context_tokens}; "
             "raise server.kv_cache_tokens or lower the context"
         )
+    require_kv_room(tokens, model)
     engine = Engine(
         model,
         max_batch_size=spec.max_batch_size,
@@ -111,17 +112,35 @@ def load(spec: NativeSpec) -> Loaded:
 
 
 def kv_capacity(spec: NativeSpec, model: Any) -> int:
-    """Tokens of KV cache: on CPU a full batch of full contexts, on CUDA a share of what the weights leave free."""
+    """Tokens of KV cache: a full batch of full contexts, on CUDA as much again three times over for prefixes worth
+    keeping, and no more than a share of the memory that the weights leave free.
+    """
+    wanted = spec.max_batch_size * spec.context_tokens * (4 if spec.device == "cuda" else 1)
+    return min(wanted, int(free_bytes(model) * spec.kv_cache_fraction) // kv_bytes(model))
+
+
+def kv_bytes(model: Any) -> int:
+    """Bytes of keys and values of one token in all layers."""
+    config = model.config
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize)
+
+
+def free_bytes(model: Any) -> int:
+    """Memory that is free where the model is."""
+    import psutil
     import torch
 
-    everything = spec.max_batch_size * spec.context_tokens
-    cached = 4 * everything  # as much again, three times over, for prefixes worth keeping
-    if spec.device != "cuda":
-        return everything
-    config = model.config
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info()
-    return int(min(free * spec.kv_cache_fraction // per_token, cached))
+    return int(torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def require_kv_room(tokens: int, model: Any) -> None:
+    """Raise ConfigError for a KV cache larger than the memory that is free."""
+    needed, free = tokens * kv_bytes(model), free_bytes(model)
+    if needed > free:
+        raise ConfigError(
+            f"a KV cache of {tokens} tokens takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower "
+            "server.kv_cache_tokens, server.max_batch_size or model.context_tokens"
+        )
 
 
 def default_threads(device: str) -> int:

@@ -40,9 +40,9 @@ class Native(Server):
     max_batch_size: int = 16
     """Sequences decoded together; more wait."""
     kv_cache_tokens: int = 0
-    """Tokens of KV cache for all sequences together. 0: on CPU a full batch of full contexts, on CUDA by fraction."""
+    """Tokens of KV cache for all sequences together. 0: a full batch of full contexts, as far as memory allows."""
     kv_cache_fraction: float = 0.85
-    """Share of the GPU memory left by the weights that the KV cache may take."""
+    """Share of the memory left by the weights that the KV cache may take."""
     block_size: int = 16
     """Tokens in a KV block."""
     dtype: Dtype = Dtype.auto

@@ -300,6 +300,11 @@ def test_mistakes_found_while_loading_are_the_users(model_folder: Path, tmp_path
         Native().launch(spec(model_folder, context_tokens=4096), tmp_path),
     ):
         pass
+    with (
+        pytest.raises(ConfigError, match=r"a KV cache of 100000000000 tokens takes .*GB are free; lower"),
+        Native(kv_cache_tokens=10**11).launch(spec(model_folder), tmp_path),
+    ):
+        pass
 
 
 @pytest.mark.slow
