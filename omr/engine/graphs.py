@@ -122,6 +122,7 @@ class GraphRunner(Runner):
             on_host and self._samples_drafts(seqs)
         ):
             return super().decode(seqs)
+        self._settle()
         sampled = [seq.request for seq in seqs if seq.request.temperature > 0]
         kind = KINDS[0] if not sampled else KINDS[2] if any(r.filtered for r in sampled) else KINDS[1]
         new = 1 + self.draft.num_draft_tok if self._speculates(seqs) else 1

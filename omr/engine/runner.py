@@ -48,6 +48,8 @@ class Runner:
         """False decodes the next steps plainly. Tokens are the same either way."""
         # Final-norm state at the position that predicted each row's newest token; the drafter starts from it.
         self.hidden = torch.zeros(max_batch_size, decoder.config.hidden_size, dtype=decoder.dtype, device=self.device)
+        self._late: tuple[list[int], torch.Tensor] | None = None
+        """Rows and states of the last plain step, put into `hidden` by `_settle` when somebody is about to use it."""
         self._laws: dict[int, tuple[list[int], sampler.Law]] = {}
 
     def warm_up(self) -> None:
@@ -81,6 +83,7 @@ class Runner:
             return []
         last = hidden.index_select(0, self._ids([row for _, row in done]))
         seqs = [seq for seq, _ in done]
+        self._settle()
         self.hidden[self._ids([seq.row for seq in seqs])] = last
         rows = self._draw(seqs, last, 1, None)
         return [Drawn(seq=seq, tokens=row[0], logprobs=row[1]) for seq, row in zip(seqs, rows, strict=True)]
@@ -89,8 +92,7 @@ class Runner:
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
         """One step of decoding sequences: one new token each, or more where drafts agree."""
         newest = self._ids([seq.tokens[-1] for seq in seqs])
-        rows = self._ids([seq.row for seq in seqs]) if self.draft is not None else None
-        drafts, sampled = self._propose(seqs, newest, rows) if self._speculates(seqs) else (None, None)
+        drafts, sampled = self._propose(seqs, newest) if self._speculates(seqs) else (None, None)
         new = 1 if drafts is None else 1 + drafts.shape[1]
         starts = [len(seq.tokens) - 1 for seq in seqs]
         longest = max(starts) + new - 1
@@ -109,20 +111,29 @@ class Runner:
             drafted = 0 if drafts is None or not seq.request.speculate else new - 1
             drawn.append(Drawn(seq=seq, tokens=row, logprobs=logprobs, drafted=drafted))
             starts[index] = index * new + len(row) - 1
-        if rows is not None:
-            self.hidden.index_copy_(0, rows, hidden.index_select(0, self._ids(starts)))
+        if self.draft is not None and self.draft.needs_hidden:
+            states = hidden if new == 1 else hidden.index_select(0, self._ids(starts))
+            self._late = [seq.row for seq in seqs], states
         return drawn
+
+    def _settle(self) -> None:
+        """Bring `hidden` up to date. Whoever reads it, or writes rows that may have changed hands, calls this first."""
+        if self._late is not None:
+            rows, states = self._late
+            self._late = None
+            self.hidden.index_copy_(0, self._ids(rows), states)
 
     def _speculates(self, seqs: list[Sequence]) -> bool:
         return self.draft is not None and self.speculate and any(seq.request.speculate for seq in seqs)
 
-    def _propose(
-        self, seqs: list[Sequence], newest: torch.Tensor, rows: torch.Tensor
-    ) -> tuple[torch.Tensor, SampledDrafts | None]:
+    def _propose(self, seqs: list[Sequence], newest: torch.Tensor) -> tuple[torch.Tensor, SampledDrafts | None]:
         """Drafts (B, n) int64, and what verifies them if they were drawn from the drafter's law."""
-        draft = self.draft
-        hidden = self.hidden.index_select(0, rows) if draft.needs_hidden else None
-        history = None if draft.needs_hidden else [seq.tokens for seq in seqs]
+        draft, hidden, history = self.draft, None, None
+        if draft.needs_hidden:
+            self._settle()
+            hidden = self.hidden.index_select(0, self._ids([seq.row for seq in seqs]))
+        else:
+            history = [seq.tokens for seq in seqs]
         if not self._samples_drafts(seqs):
             return draft.propose(hidden, newest, history), None
         starts = self._ids([len(seq.tokens) for seq in seqs])

@@ -85,6 +85,7 @@ class TreeRunner(Runner):
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
         if not self._speculates(seqs):
             return super().decode(seqs)
+        self._settle()
         rows = self._ids([seq.row for seq in seqs])
         newest = self._ids([seq.tokens[-1] for seq in seqs])
         tree = self.tree_draft.propose_tree(self.hidden.index_select(0, rows), newest)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from omr.engine.engine import Engine
+from omr.engine.pace import Pace
 from omr.engine.request import Request
 from omr.nn.transformer import Transformer
 
@@ -51,7 +52,7 @@ class HiddenSpy:
         self.seen.append((hidden.clone(), tokens.clone()))
         logits = self.model.lm_head(hidden)
         assert torch.equal(logits.argmax(-1), tokens), "the state is not the one that predicted the newest token"
-        return torch.stack([tokens, (tokens + 1) % VOCAB], 1)
+        return torch.stack([tokens, (tokens + 1) % VOCAB], 1)[:, : self.num_draft_tok]
 
 
 def asked(seed: int, count: int = 9, **knobs: object) -> list[Request]:
@@ -162,14 +163,18 @@ def test_drafts_may_run_past_the_context(make_engine, run) -> None:
         assert run(engine, [Request(id="a", prompt_ids=prompt, max_tokens=99)])["a"].tokens == text
 
 
-def test_the_drafter_gets_the_state_that_predicted_the_newest_token(make_engine, run, pair) -> None:
+@pytest.mark.parametrize("switched", [False, True])
+def test_the_drafter_gets_the_state_that_predicted_the_newest_token(switched: bool, make_engine, run, pair) -> None:
+    """Also after plain steps, preemption and rows that changed hands."""
     spy = HiddenSpy(pair.ours)
-    engine = make_engine(draft=spy, prefill_tokens=16, max_batch_size=3, kv_cache_tokens=120)
+    engine = make_engine(draft=spy, prefill_tokens=16, max_batch_size=3, kv_cache_tokens=80)
+    if switched:
+        engine.pace = Pace(spy.num_draft_tok, clock=random.Random(1).random)
     requests = asked(8)
     spec = run(engine, requests)
     plain = run(make_engine(), requests)
     assert {n: d.tokens for n, d in spec.items()} == {n: d.tokens for n, d in plain.items()}
-    assert spy.seen
+    assert spy.seen and engine.scheduler.num_preempted > 0
 
 
 def test_abort_while_speculating_frees_everything(pair) -> None:
