@@ -36,6 +36,10 @@ class Problem:
     row: dict[str, Any] = field(default_factory=dict)
     """The record as it was read; every field of it is repeated in samples.jsonl."""
 
+    def __post_init__(self) -> None:
+        if not self.text.isascii():  # half of a surrogate pair can stand in JSON, but no tokenizer takes it
+            self.text = self.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
 
 @dataclass(kw_only=True)
 class Benchmark:

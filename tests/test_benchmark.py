@@ -71,6 +71,13 @@ def test_other_column_names_numbers_and_missing_ids(tmp_path: Path) -> None:
     assert [(p.id, p.text, p.expected_answer) for p in odd.load()] == [("5", "1?", "1")]
 
 
+def test_half_a_surrogate_pair_is_replaced_and_two_are_joined(tmp_path: Path) -> None:
+    file = tmp_path / "junk.jsonl"
+    file.write_text('{"problem": "a\\ud800b \\ud83d\\ude00 \\udc80", "expected_answer": "\\ud800"}\n')
+    (problem,) = Benchmark(path=str(file)).load()
+    assert problem.text == "a\ufffdb \U0001f600 \ufffd"
+
+
 def test_limit(tmp_path: Path) -> None:
     benchmark = write(tmp_path, "f.jsonl", ROWS)
     benchmark.limit = 1

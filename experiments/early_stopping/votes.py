@@ -3,9 +3,9 @@
     python experiments/early_stopping/votes.py multirun/early_stopping/TIME
 
 The cell without a policy is the reference: all votes of the same seeds. For every other cell: the tokens that its
-server really wrote (kept and cancelled generations) against the reference's, the wall time, and the problems whose
-voted answer is another one, by the reason for which the vote ended. A kept generation must read as in the reference,
-character for character; those that do not are counted.
+server really wrote (kept and cancelled generations) against the reference's, and the problems whose voted answer is
+another one, by the reason for which the vote ended. A kept generation must read as in the reference, character for
+character; those that do not are counted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(study: Path) -> None:
     full = cells.pop("")
     reference, texts = problems(full), {(r["id"], r["sample"]): r["generation"] for r in rows(full / "samples.jsonl")}
     all_tok = sum(int(p["tokens"]) for p in reference.values())
-    print(f"all {len(texts)} generations: {all_tok:,} tokens, {seconds(full):.0f} s, maj {score(reference)}")
+    print(f"all {len(texts)} generations: {all_tok:,} tokens, maj {score(reference)}")
     for name, cell in cells.items():
         table, kept = problems(cell), rows(cell / "samples.jsonl")
         tok = sum(int(p["tokens"]) + int(p["spent_tok"]) for p in table.values())
@@ -61,7 +61,7 @@ def main(study: Path) -> None:
         print(
             f"{name}: {len(kept)} kept, {sum(int(p['cancelled']) for p in table.values())} cut off; {tok:,} tokens "
             f"({sum(int(p['spent_tok']) for p in table.values()):,} of them cut off), {1 - tok / all_tok:.1%} saved "
-            f"(the run's own estimate: {estimate / (estimate + tok):.1%}); {seconds(cell):.0f} s, maj {score(table)}; "
+            f"(the run's own estimate: {estimate / (estimate + tok):.1%}); maj {score(table)}; "
             f"kept generations that read otherwise: {other}"
         )
         for why, count in sorted(reasons.items()):
@@ -74,10 +74,6 @@ def reason(problem: dict[str, str]) -> str:
 
 def score(table: dict[str, dict[str, str]]) -> str:
     return f"{sum(p['vote_right'] == '1' for p in table.values())}/{len(table)}"
-
-
-def seconds(cell: Path) -> float:
-    return float(json.loads((cell / "summary.json").read_text())["metrics"]["stage/generate_s"])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--margin", type=float, default=2.0, help="points of accuracy that B may lose (default 2)")
     add_uri(parser)
     args = parser.parse_args(argv)
+    if not 0 < args.margin < 100:
+        raise ConfigError(f"--margin is in points of accuracy, above 0 and below 100; got {args.margin:g}")
     a, b = (get_run(uri_of(args), run, home()) for run in (args.run_a, args.run_b))
     print(table.table([summary_of(a), summary_of(b)]))
     differing = sorted(k for k in {*a["params"], *b["params"]} if a["params"].get(k) != b["params"].get(k))

@@ -32,6 +32,14 @@ def known(metric: str) -> bool:
     return any(re.fullmatch(p, metric) for p in patterns)
 
 
+NEMO_SKILLS = (
+    *("problem", "expected_answer", "generation", "predicted_answer", "symbolic_correct", "finish_reason"),
+    *("num_generated_tokens", "generation_start_time", "generation_end_time", "generation_time"),
+    *("code_rounds_executed", "code_execution_time", "num_code_timeouts", "stopped_on_repetition"),
+)
+"""Fields of NeMo-Skills' output files, by its names."""
+
+
 def test_an_evaluation_from_end_to_end(evaluate: Evaluate, tmp_path: Path) -> None:
     file = write_sums(tmp_path, 6)
     with serving(solve_sums) as server:
@@ -52,6 +60,7 @@ def test_an_evaluation_from_end_to_end(evaluate: Evaluate, tmp_path: Path) -> No
     assert [(r["id"], r["sample"]) for r in rows] == [(f"s{i}", k) for i in range(6) for k in range(5)]
     first = rows[1]
     assert first["level"] == 0 and first["random_seed"] == 2 and first["expected_answer"] == "00"
+    assert [name for name in NEMO_SKILLS if name not in first] == []
     assert first["predicted_answer"] == "0" and first["symbolic_correct"] is True and first["graded_by"] == "exact"
     assert first["generation"] == (
         "I will add them. <tool_call>\nprint(0+0)\n</tool_call>\n```output\n0\n```\nThe sum is \\boxed{0}."

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from omr import pipeline
-from omr.cli import ask, regrade
+from omr.cli import ask, compare, regrade
 from omr.errors import ConfigError, Failure, InputError
 from omr.run import Run
 from omr.samples import intact_rows, write_rows
@@ -102,6 +102,33 @@ def test_regrade_finds_changed_answers_and_keeps_the_rest(
     assert regrade.main([str(run.folder), "--out", str(tmp_path / "new"), "--vote", "length"]) == 0
     out = capsys.readouterr().out
     assert "3 verdicts changed" in out and "pass@1 75.0 %, vote 75.0 %" in out
+
+
+def test_compare_pairs_two_runs_and_names_its_margin(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_sums(tmp_path, 12)
+    runs = {}
+    with serving(solve_sums) as server:
+        for name, seed in (("good", 1), ("same", 2), ("bad", 5)):  # a seed of 5 slips on every problem
+            run, _ = evaluate(server, f"benchmark.path={file}", "job.num_generations=1", f"sampling.seed={seed}")
+            tags = {"omr.folder": str(run.folder), "choice.quant": "bf16"}
+            params = {"sampling.seed": str(seed)}
+            runs[name] = {"id": name, "name": name, "status": "FINISHED", "tags": tags, "params": params}
+            runs[name]["metrics"] = run.metrics
+    monkeypatch.setattr(compare, "get_run", lambda uri, name, home: runs[name])
+    assert compare.main(["good", "bad", "--margin", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "paired on 12 problems, B - A: -100.0 points of pass@1 [-100.0, -75.0]" in out
+    assert f"votes right only in A: 12, only in B: 0; exact McNemar p = {2 / 2**12:.3g}" in out
+    assert "verdict: B is worse than A by more than 5 points" in out and "sampling.seed: 1 | 5" in out
+    assert compare.main(["good", "same"]) == 0
+    assert "too few problems to tell: a margin of 2 points was asked for, and 12 problems" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="above 0 and below 100; got -2"):
+        compare.main(["good", "bad", "--margin", "-2"])
+    runs["gone"] = {**runs["good"], "tags": {"omr.folder": str(tmp_path / "gone")}}
+    with pytest.raises(ConfigError, match="cannot be paired"):
+        compare.main(["good", "gone"])
 
 
 def test_regrade_refuses_other_files(tmp_path: Path) -> None:
