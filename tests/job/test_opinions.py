@@ -141,7 +141,7 @@ def test_a_killed_selection_goes_on_with_what_is_missing(
         (leftover,) = (tmp_path / "home" / "artifacts" / "unfinished").iterdir()
         before = intact_rows(leftover / SELECTIONS)
         samples = len(intact_rows(leftover / "samples.jsonl"))
-        server.requests.clear()
+    with serving(sharp) as server:  # a new one: the first may still be hearing of requests that were under way
         run, _ = evaluate(server, *wanted)
     asked = [b for b in server.requests if is_comparison(b)]
     after = intact_rows(run.folder / SELECTIONS, strict=True)
