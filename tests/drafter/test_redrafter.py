@@ -176,7 +176,8 @@ import sys
 from pathlib import Path
 from omr.drafter.redrafter import Redrafter, Train
 how = Train(rows=300, lr=3e-3, held_out=30, batch_rows=4, accumulation=2)
-print(Redrafter(train=how).fit(*map(Path, sys.argv[1:4]), "cpu")["redrafter0_loss"])
+loss = Redrafter(train=how).fit(*map(Path, sys.argv[1:4]), "cpu")["redrafter0_loss"]
+sys.stdout.write(f"{loss}\\n")  # in one piece: both ranks write to one pipe
 """
 
 

@@ -19,7 +19,7 @@ from omr.sandbox._root import remove_tree
 from .host import ROOT, gone, limits, living, running
 
 OWNER = """
-import asyncio, sys, time
+import asyncio, signal, sys, time
 from pathlib import Path
 from omr.sandbox.local import Isolation, Local
 
@@ -33,6 +33,7 @@ async def body(client):
     print("ready", flush=True)
     {end}
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored, as under nohup
 with Local(isolation=Isolation[sys.argv[1]]).launch(Path(sys.argv[2])) as client:
     asyncio.run(body(client))
 """
