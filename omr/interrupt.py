@@ -1,6 +1,7 @@
-"""SIGTERM while asyncio runs: turned into a cancellation, so that everything open is closed on the way out.
+"""Ends while asyncio runs: whatever is open is closed on the way out.
 
-Raised inside a callback of the loop, an exception would be logged by the loop and lost.
+SIGTERM is turned into a cancellation: raised inside a callback of the loop, an exception would be logged by the loop
+and lost.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from omr.errors import Terminated
 
@@ -43,3 +44,17 @@ async def _stoppable(work: Callable[[], Awaitable[T]]) -> T:
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, before)
+
+
+async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run all of them at once. The first failure, or a cancellation, ends the others, and they have ended on return.
+
+    Unlike asyncio.TaskGroup the failure is raised itself, not in a group.
+    """
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -25,7 +25,7 @@ from omr.client import Client
 from omr.dataset import end_of_turn_text, lay_out, write_parquet
 from omr.drafter._own_text import OwnText
 from omr.errors import Failure, InputError
-from omr.interrupt import run_async
+from omr.interrupt import run_async, together
 from omr.model import Model
 from omr.records import SUFFIXES
 from omr.samples import SAMPLES, TRANSCRIPTS, SampleFile, intact_rows
@@ -143,13 +143,7 @@ class Writing:
                 mininterval=0.5 if sys.stderr.isatty() else 5.0,
                 file=sys.stderr,
             ) as self._bar:
-                running = [asyncio.create_task(one(task)) for task in self._tasks()]
-                try:
-                    await asyncio.gather(*running)
-                finally:  # the first failure, or a cancellation, ends them all
-                    for other in running:
-                        other.cancel()
-                    await asyncio.gather(*running, return_exceptions=True)
+                await together(one(task) for task in self._tasks())
 
     def _tasks(self) -> list[Task]:
         done: dict[str, list[Ballot]] = {i: [] for i in self._problems}

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from omr.benchmark import Problem
 from omr.errors import ConfigError
+from omr.interrupt import together
 from omr.job._ledger import Ledger
 from omr.sampling import Sampling
-from omr.solve.ask import Asker, together
+from omr.solve.ask import Asker
 from omr.solve.judge import is_open, question, verdict
 from omr.solve.prompt import judge_prompt_named
 

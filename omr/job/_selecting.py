@@ -17,8 +17,9 @@ from typing import Any
 
 from omr.benchmark import Problem
 from omr.errors import ConfigError
+from omr.interrupt import together
 from omr.job._ledger import Ledger
-from omr.solve.ask import Asker, together
+from omr.solve.ask import Asker
 from omr.solve.completer import round_seed
 from omr.solve.prompt import select_prompt_named
 from omr.solve.select import Solution, chosen, comparison, disagree, excerpt, listing

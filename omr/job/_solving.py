@@ -17,7 +17,7 @@ from omr.benchmark import Problem
 from omr.client import Client
 from omr.config import Config
 from omr.errors import ChildError, Failure, RequestError
-from omr.interrupt import run_async
+from omr.interrupt import run_async, together
 from omr.job._score import Record, ballot_of
 from omr.job._second import Opinions
 from omr.job.eval import Api, Eval
@@ -188,13 +188,7 @@ class Solving:
             )
             before = await _counts(client)
             with self._progress():
-                solving = [asyncio.create_task(self._one(solver, task, places)) for task in self._tasks]
-                try:
-                    await asyncio.gather(*solving)
-                finally:  # the first failure, or a cancellation, ends them all
-                    for one in solving:
-                        one.cancel()
-                    await asyncio.gather(*solving, return_exceptions=True)
+                await together(self._one(solver, task, places) for task in self._tasks)
                 await asyncio.gather(*self._grading)
             after = await _counts(client)
         if after is None or before is None or client.endpoint.server.metrics_drain:

@@ -138,7 +138,8 @@ class JudgeRun(Job):
         grader: Grader,
     ) -> None:
         from omr.client import Client
-        from omr.solve.ask import Asker, together
+        from omr.interrupt import together
+        from omr.solve.ask import Asker
         from omr.solve.prompt import render
 
         async with Client(live) as client:

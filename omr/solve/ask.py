@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,17 +25,6 @@ ATTEMPTS = 3
 """Times that a question is asked whose stream broke off."""
 MAX_FAILURES = 8
 """Questions in a row that the server may fail before it is held to be dead."""
-
-
-async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run all of `work` at once; the first failure, or a cancellation, ends what still runs and is raised."""
-    tasks = [asyncio.create_task(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omr.errors import ContextOverflow, Failure, RequestError, StreamDropped
+from omr.interrupt import together
 from omr.sampling import Sampling
 from omr.solve import ask
-from omr.solve.ask import Asker, together
+from omr.solve.ask import Asker
 from omr.solve.ask import Reply as Answer
 from omr.solve.judge import is_open, question, verdict
 from omr.solve.prompt import judge_prompt_named
