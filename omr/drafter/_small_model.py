@@ -120,19 +120,15 @@ class SmallModelDraft:
         """Cache what each sequence has gained; (B, V) the logits of the token that follows it."""
         tokens: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
         parts, last = [], []
         for ids, lane in sequences:
             done, end = len(lane.tokens), len(ids)
-            every = self._ids(lane.slots(0, end)) if done else None
-            parts.append(Part(start=len(tokens), length=end - done, context=done, slots=every))
+            parts.append(Part(length=end - done, slots=lane.slots(0, end)))
             tokens += ids[done:]
             positions += range(done, end)
-            slots += lane.slots(done, end)
             last.append(len(tokens) - 1)
             lane.tokens += ids[done:]
-        batch = Ragged(cache=self.cache, slots=self._ids(slots), parts=parts)
-        hidden = self.decoder.forward(self._ids(tokens), self._ids(positions), batch)
+        hidden = self.decoder.forward(self._ids(tokens), self._ids(positions), Ragged(self.cache, parts))
         return self.decoder.logits(hidden.index_select(0, self._ids(last)))
 
     def _one_more(self, lanes: list[Lane], newest: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ from omr.nn.paged import KVCache
 from omr.nn.transformer import Transformer
 from omr.server import SpecCounts
 
+CUDA_PATIENCE = 8
+"""Decode steps for which prompts are gathered (omr.engine.scheduler)."""
+
 
 def _decoder(model: Transformer, num_positions: int, *, plain: bool) -> Decoder:
     """The decoder for the model's device: with Triton kernels on CUDA, in plain torch elsewhere (or if `plain`)."""
@@ -87,6 +90,7 @@ class Engine:
             prefill_tokens=prefill_tokens,
             num_draft_tok=num_draft_tok,
             prefix_caching=prefix_caching,
+            patience=CUDA_PATIENCE if decoder.device.type == "cuda" else 1,
         )
         self.runner = self._runner(decoder, cache, max_batch_size, draft)
         # On CPU other programs must not be taken for slow steps; a GPU's time is not this thread's.

@@ -58,35 +58,26 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, chunks: list[Chunk]) -> list[Drawn]:
         """Compute the chunks' keys and values; a first token for every sequence whose prefill is now complete."""
-        tokens, positions, slots, parts = [], [], [], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        parts, done, rows = [], [], []
         for chunk in chunks:
             seq, start = chunk.seq, chunk.seq.num_computed
             end = start + chunk.length
-            all_slots = self._slots(seq, 0, end)
-            parts.append(
-                Part(
-                    start=len(tokens),
-                    length=chunk.length,
-                    context=start,
-                    slots=torch.tensor(all_slots, device=self.device) if start else None,
-                )
-            )
+            parts.append(Part(length=chunk.length, slots=self._slots(seq, 0, end)))
             tokens += seq.tokens[start:end]
             positions += range(start, end)
-            slots += all_slots[start:]
-        batch = Ragged(cache=self.cache, slots=self._ids(slots), parts=parts)
-        hidden = self.decoder.forward(self._ids(tokens), self._ids(positions), batch)
-        done = [
-            (chunk.seq, part.start + part.length - 1) for chunk, part in zip(chunks, parts, strict=True) if chunk.last
-        ]
+            if chunk.last:
+                done.append(seq)
+                rows.append(len(tokens) - 1)
+        hidden = self.decoder.forward(self._ids(tokens), self._ids(positions), Ragged(self.cache, parts))
         if not done:
             return []
-        last = hidden.index_select(0, self._ids([row for _, row in done]))
-        seqs = [seq for seq, _ in done]
+        last = hidden.index_select(0, self._ids(rows))
         self._settle()
-        self.hidden[self._ids([seq.row for seq in seqs])] = last
-        rows = self._draw(seqs, last, 1, None)
-        return [Drawn(seq=seq, tokens=row[0], logprobs=row[1]) for seq, row in zip(seqs, rows, strict=True)]
+        self.hidden[self._ids([seq.row for seq in done])] = last
+        drawn = self._draw(done, last, 1, None)
+        return [Drawn(seq=seq, tokens=row[0], logprobs=row[1]) for seq, row in zip(done, drawn, strict=True)]
 
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:

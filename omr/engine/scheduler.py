@@ -3,6 +3,8 @@
 First come, first served. A step is either a prefill (whole prompts, or a chunk of one, up to a token budget) or a
 decode of everything that runs. Prefill goes first, so that new requests join the batch at once, but not twice in a
 row while others decode: a long queue of prompts then halves the speed of running requests instead of stopping them.
+Where a prefill step has a price of its own (on CUDA it is launched kernel by kernel, decoding is one graph), prompts
+that would be a small part of the batch are gathered for `patience` decode steps and prefilled together.
 
 Blocks for a whole prompt are taken on admission, and for decoding as it grows. When none are free the youngest sequence
 gives up its blocks and goes back to the head of the queue; prompt and output so far are prefilled again later. Its
@@ -41,37 +43,58 @@ class Decode:
     seqs: list[Sequence]
 
 
+GROUP_SHARE = 8
+"""Prompts are not kept waiting for company when they are one for every so many decoding sequences."""
+
+
 class Scheduler:
     def __init__(
-        self, pool: BlockPool, *, max_batch_size: int, prefill_tokens: int, num_draft_tok: int, prefix_caching: bool
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_size: int,
+        prefill_tokens: int,
+        num_draft_tok: int,
+        prefix_caching: bool,
+        patience: int = 1,
     ) -> None:
         self.pool = pool
         self.prefill_tokens = prefill_tokens
         self.num_draft_tok = num_draft_tok
         self.prefix_caching = prefix_caching
+        self.patience = patience
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of admission."""
         self._rows = list(range(max_batch_size - 1, -1, -1))
-        self._just_prefilled = False
+        self._decodes = 0
+        """Decode steps since the last prefill."""
         self._admissions = 0
         self.num_preempted = 0
 
     def schedule(self) -> Prefill | Decode | None:
         """The next step's work, with blocks for all of it; None when there is nothing to do."""
         decoding = [seq for seq in self.running if seq.decoding]
-        if not (self._just_prefilled and decoding):
+        if not decoding or self._prefill_is_due(len(decoding)):
             chunks = self._prefill_chunks()
             if chunks:
-                self._just_prefilled = True
+                self._decodes = 0
                 return Prefill(chunks=chunks)
-        self._just_prefilled = False
+        self._decodes += 1
         self._grow(decoding)
         decoding = [seq for seq in decoding if seq.row >= 0]
         if decoding:
             return Decode(seqs=decoding)
         chunks = self._prefill_chunks()
         return Prefill(chunks=chunks) if chunks else None
+
+    def _prefill_is_due(self, num_decoding: int) -> bool:
+        """Whether decoding sequences should now wait for a prefill step, if there is anything to prefill."""
+        if self._decodes == 0:
+            return False
+        begun = len(self.running) > num_decoding
+        joining = min(len(self.waiting), len(self._rows))
+        return begun or self._decodes >= self.patience or joining * GROUP_SHARE >= num_decoding
 
     def _prefill_chunks(self) -> list[Chunk]:
         budget, chunks = self.prefill_tokens, []

@@ -6,7 +6,7 @@ and token t of it lives in slot blocks[t // block_size] * block_size + t % block
 that only pad a batch, and draft positions past a sequence's end, write there.
 
 Two shapes of batch attend to the cache:
-- Ragged: prompts, or chunks of them, laid end to end; one SDPA call per sequence.
+- Ragged: prompts, or chunks of them, laid end to end.
 - Padded: the same few new tokens for every sequence (1 to decode, 1 + drafts to verify). Keys and values are gathered
   to (B, L, ...) and the query heads that share a key head are stacked as rows of one product.
 
@@ -16,6 +16,7 @@ Shapes: T tokens, B sequences, Q new tokens per sequence, L gathered tokens, Hq,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,12 @@ class KVCache:
         self.data = torch.zeros(shape, device=device, dtype=dtype)
         self.layers = list(self.data)
         """One (slots, 2 * Hkv * D) view per layer."""
+        self.has_flash = (
+            device.type == "cuda"
+            and dtype.itemsize == 2
+            and self.head_dim % 8 == 0
+            and torch.cuda.get_device_capability(device) >= (8, 0)
+        )
         self.first_key = self.num_heads * self.head_dim
         self.blocks = [layer.view(num_blocks, block_size * self.width) for layer in self.layers]
 
@@ -56,37 +63,70 @@ class KVCache:
 class Part:
     """One sequence's share of a Ragged batch."""
 
-    start: int
-    """First row in the batch."""
     length: int
-    context: int
-    """Tokens of the sequence already in the cache."""
-    slots: torch.Tensor | None
-    """Slots of all context + length tokens; None without context, when the new keys are all there is."""
+    """New tokens."""
+    slots: list[int]
+    """Slots of all its tokens, those in the cache already and then the new ones."""
+
+    @property
+    def context(self) -> int:
+        return len(self.slots) - self.length
 
 
-@dataclass(kw_only=True)
 class Ragged:
-    cache: KVCache
-    slots: torch.Tensor
-    """Where the new tokens are written, (T,) int64."""
-    parts: list[Part]
+    """New tokens of `parts`, laid end to end.
+
+    In half precision on CUDA one call of PyTorch's flash attention (`_flash_attention_forward`, the operator behind
+    `torch.nn.attention.varlen`) serves all sequences; elsewhere each gets a call of its own.
+    """
+
+    def __init__(self, cache: KVCache, parts: list[Part]) -> None:
+        self.cache, self.parts = cache, parts
+        device = cache.data.device
+        self.slots = _ids([slot for part in parts for slot in part.slots[part.context :]], device)
+        """Where the new tokens are written, (T,) int64."""
+        self.in_one = cache.has_flash
+        # Without context the new keys are all there is; else they are read back from the cache.
+        self.seen: list[torch.Tensor | None] = []
+        if not self.in_one:
+            self.seen = [_ids(part.slots, device) if part.context else None for part in parts]
+            return
+        if any(part.context for part in parts):
+            self.seen = [_ids([slot for part in parts for slot in part.slots], device)]
+        self.most_new = max(part.length for part in parts)
+        self.most_seen = max(len(part.slots) for part in parts)
+        ends = [[0, *accumulate(lengths)] for lengths in zip(*((p.length, len(p.slots)) for p in parts), strict=True)]
+        self.new_ends, self.seen_ends = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
 
     def attend(self, layer: int, qkv: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """qkv (T, (Hq + 2 Hkv) * D), rotated and stored -> (T, Hq * D); in E4M3 over `scale` when that is given."""
+        out = self._attend_in_one(layer, qkv) if self.in_one else self._attend_each(layer, qkv)
+        return out if scale is None else to_e4m3(out, scale)
+
+    def _attend_in_one(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         cache = self.cache
-        dim, num_kv = cache.head_dim, cache.num_kv_heads
-        width = cache.num_heads * dim
-        kv = qkv[:, width:]
+        q, kv = qkv.split([cache.first_key, cache.width], -1)
+        if self.seen:
+            kv = cache.layers[layer].index_select(0, self.seen[0])
+        k, v = kv.unflatten(-1, (2, cache.num_kv_heads, cache.head_dim)).unbind(1)  # (tokens seen, Hkv, D) each
+        out = torch.ops.aten._flash_attention_forward(
+            q.unflatten(-1, (cache.num_heads, cache.head_dim)), k, v, self.new_ends, self.seen_ends,
+            self.most_new, self.most_seen, 0.0, True, False,
+        )[0]  # fmt: skip
+        return out.flatten(1)
+
+    def _attend_each(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        cache = self.cache
+        dim, num_kv, width = cache.head_dim, cache.num_kv_heads, cache.first_key
         out = qkv.new_empty(qkv.shape[0], width)
-        for part in self.parts:
-            rows = slice(part.start, part.start + part.length)
+        end = 0
+        for part, slots in zip(self.parts, self.seen, strict=True):
+            rows = slice(end, end := end + part.length)
             q = qkv[rows, :width].view(1, part.length, -1, dim).transpose(1, 2)
-            seen = kv[rows] if part.slots is None else cache.layers[layer].index_select(0, part.slots)
+            seen = qkv[rows, width:] if slots is None else cache.layers[layer].index_select(0, slots)
             seen = seen.view(1, -1, 2, num_kv, dim).permute(2, 0, 3, 1, 4)  # (2, 1, Hkv, L, D)
             if part.context:
-                total = part.context + part.length
-                mask = torch.ones(part.length, total, dtype=torch.bool, device=q.device).tril(part.context)
+                mask = torch.ones(part.length, len(part.slots), dtype=torch.bool, device=q.device).tril(part.context)
                 group = cache.num_heads // num_kv
                 if q.is_cuda and group > 1:  # no fused CUDA kernel takes both a mask and shared key heads
                     seen = seen.repeat_interleave(group, 2)
@@ -94,7 +134,11 @@ class Ragged:
             else:
                 got = F.scaled_dot_product_attention(q, seen[0], seen[1], is_causal=True, enable_gqa=True)
             out[rows] = got.transpose(1, 2).reshape(part.length, width)
-        return out if scale is None else to_e4m3(out, scale)
+        return out
+
+
+def _ids(values: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
 class Padded:

@@ -245,6 +245,23 @@ def test_running_requests_decode_while_prompts_queue(make_engine) -> None:
         assert "runs" in names
 
 
+@pytest.mark.parametrize(("joining", "waits"), [(1, 4), (2, 0)])
+def test_few_prompts_wait_for_company(joining: int, waits: int, make_engine) -> None:
+    """One prompt beside nine decoding sequences waits `patience` decode steps, two are an eighth of the batch."""
+    engine = make_engine(max_batch_size=16, kv_cache_tokens=2048)
+    engine.scheduler.patience = 4
+    for i in range(9):
+        engine.add(Request(id=str(i), prompt_ids=[i, 1], max_tokens=40))
+    engine.step()
+    engine.step()
+    for i in range(joining):
+        engine.add(Request(id=f"new{i}", prompt_ids=[i, 2, 3], max_tokens=4))
+    steps = [[output.id for output in engine.step()] for _ in range(8)]
+    first = next(i for i, names in enumerate(steps) if "new0" in names)
+    assert first == max(0, waits - 1)  # a decode step had passed
+    assert len(steps[first]) == joining and all(len(names) == 9 for names in steps[:first])
+
+
 @pytest.mark.parametrize(
     ("knobs", "word"),
     [

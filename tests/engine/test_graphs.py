@@ -11,7 +11,9 @@ import torch
 from omr.drafter._redrafter_chain import draft_model
 from omr.engine.engine import Engine
 from omr.engine.request import Request
+from omr.nn.config import DecoderConfig
 from omr.nn.loader import load
+from omr.nn.paged import KVCache, Part, Ragged
 from omr.nn.redrafter import Redrafter, RedrafterConfig
 from omr.nn.transformer import Transformer
 
@@ -101,6 +103,43 @@ def test_sampled_drafts_are_those_of_the_cpu(pair, run) -> None:
         tokens.append({name: done.tokens for name, done in run(engine, requests(20)).items()})
         assert engine.counts.accepted_tokens > 0
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (9, 3, 64), (8, 2, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prompts_share_one_attention_call(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """Prompts, chunks that follow cached tokens and single tokens in one batch, against one exact call for each."""
+    torch.manual_seed(5)
+    width = 2 * kv_heads * dim
+    config = DecoderConfig(
+        model_type="llama", vocab_size=8, hidden_size=heads * dim, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=dim, rms_norm_eps=1e-6,
+        max_position_embeddings=512, tie_word_embeddings=False, qkv_bias=False, o_bias=False, mlp_bias=False,
+        qk_norm=False,
+    )  # fmt: skip
+    cache = KVCache(config, 64, 16, torch.device("cuda"), dtype)
+    cache.data.normal_()
+    order = torch.randperm(63 * 16).add_(16).tolist()
+    for lengths in ([(37, 0), (1, 0), (64, 0)], [(20, 0), (9, 133), (1, 40), (70, 65)]):
+        slots = iter(order)
+        parts = [Part(length=new, slots=[next(slots) for _ in range(new + context)]) for new, context in lengths]
+        batch = Ragged(cache, parts)
+        qkv = torch.randn(sum(new for new, _ in lengths), (heads + 2 * kv_heads) * dim, device="cuda").to(dtype)
+        cache.store(0, batch.slots, qkv)
+        assert batch.in_one
+        got, row = batch.attend(0, qkv), 0
+        for part in parts:
+            q = qkv[row : row + part.length, : heads * dim].double().view(part.length, heads, dim).transpose(0, 1)
+            kv = cache.data[0, torch.tensor(part.slots, device="cuda")].double()
+            k, v = kv.view(-1, 2, kv_heads, dim).permute(1, 2, 0, 3).repeat_interleave(heads // kv_heads, 1)
+            hidden = torch.ones(part.length, len(part.slots), device="cuda").triu(part.context + 1) > 0
+            weights = (q @ k.transpose(1, 2) / dim**0.5).masked_fill(hidden, float("-inf")).softmax(-1)
+            expected = (weights @ v).transpose(0, 1).flatten(1)
+            error = (got[row : row + part.length].double() - expected).norm() / expected.norm()
+            assert error < 1e-2, f"{part.length} after {part.context}: {error:.1e}"
+            row += part.length
+    eight = batch.attend(0, qkv, torch.tensor([0.01], device="cuda"))
+    assert eight.dtype == torch.float8_e4m3fn and eight.shape == got.shape and width == cache.width
 
 
 def test_warming_up_disturbs_nothing(pair, run) -> None:

@@ -65,19 +65,12 @@ def test_paged_steps_equal_transformers(variant: PreTrainedModel, tmp_path: Path
 
     with torch.inference_mode():
         expected = variant(ids).logits
-        first = Ragged(
-            cache=cache,
-            slots=torch.cat([slots(0, steps(0, 33)), slots(1, steps(0, 61))]),
-            parts=[Part(start=0, length=33, context=0, slots=None), Part(start=33, length=61, context=0, slots=None)],
-        )
+        lists = [slots(row, steps(0, 100)).tolist() for row in range(2)]
+        first = Ragged(cache, [Part(length=33, slots=lists[0][:33]), Part(length=61, slots=lists[1][:61])])
         out = decoder.forward(torch.cat([ids[0, :33], ids[1, :61]]), torch.cat([steps(0, 33), steps(0, 61)]), first)
         torch.testing.assert_close(decoder.logits(out[:33]), expected[0, :33], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(decoder.logits(out[33:]), expected[1, :61], atol=1e-4, rtol=1e-4)
-        second = Ragged(
-            cache=cache,
-            slots=slots(0, steps(33, 50)),
-            parts=[Part(start=0, length=17, context=33, slots=slots(0, steps(0, 50)))],
-        )
+        second = Ragged(cache, [Part(length=17, slots=lists[0][:50])])
         out = decoder.forward(ids[0, 33:50], steps(33, 50), second)
         torch.testing.assert_close(decoder.logits(out), expected[0, 33:50], atol=1e-4, rtol=1e-4)
         starts = torch.tensor([50, 61])
@@ -102,8 +95,8 @@ def test_paged_steps_in_bf16_are_close_to_float32(variant: PreTrainedModel, tmp_
         cache = KVCache(model.config, 8, BLOCK, model.device, dtype)
         with torch.inference_mode():
             prompt = torch.arange(36)
-            parts = [Part(start=0, length=36, context=0, slots=None)]
-            decoder.forward(ids[:36], prompt, Ragged(cache=cache, slots=prompt + BLOCK, parts=parts))
+            parts = [Part(length=36, slots=(prompt + BLOCK).tolist())]
+            decoder.forward(ids[:36], prompt, Ragged(cache, parts))
             positions = torch.arange(36, 40)[None]
             batch = Padded(cache, torch.arange(1, 7)[None], positions, positions[0] + BLOCK, 39)
             rows.append(decoder.logits(decoder.forward(ids[36:], positions[0], batch)))
