@@ -4,7 +4,7 @@
 
 FOLDER holds the weights as a Hugging Face folder (`python -m omr model=smollm2_135m job=build` names it);
 gsm8k_train.jsonl[.gz] has a key `problem` or `question` a line (grade-school-math's train.jsonl, MIT). On a GPU, or
-with --device cpu and small sizes to see that it runs. The order is: solve the training problems greedily with the
+with --device cpu and small sizes to see that it runs. The order is: solve the training problems with the
 native engine, train the head on those solutions with omr's trainer, then on the 500 GSM8K test problems shipped with
 omr measure its accuracy, acceptance, speed and agreement with plain decoding. Every stage writes OUT/results.json; what
 no longer fits before --deadline-s is left out.
@@ -139,24 +139,27 @@ class Subject:
     # stages
 
     def solve_training(self) -> list[Document]:
-        """Greedy solutions of the training problems, as many as the clock allows.
+        """Solutions of the training problems, as many as the clock allows: all greedily, then all drawn at T 0.7, ...
 
-        A batch is written to its end before the next begins: a prefill step of this model takes longer than a decode
-        step, and single prompts filling the rows that fall free would make every second step a prefill.
+        A batch is written to its end before the next begins, so that a batch that was cut off is the last.
         """
-        got, size = Written(), self.args.generate_batch
-        for start in range(0, len(self.train_prompts), size):
-            left = self.args.generate_s - got.seconds
-            if left > 0:
-                got.add(self.write(self.train_prompts[start : start + size], size, deadline_s=left), start)
+        got, size, count = Written(), self.args.generate_batch, len(self.train_prompts)
+        for number in range(self.args.passes):
+            for start in range(0, count, size):
+                left = self.args.generate_s - got.seconds
+                if left > 0:
+                    knobs = {"temperature": 0.7 if number else 0.0, "seed": number}
+                    batch = self.write(self.train_prompts[start : start + size], size, deadline_s=left, **knobs)
+                    got.add(batch, number * count + start)
         self.solved = {
-            "problems": len(self.train_prompts),
+            "problems": count,
             "solutions": len(got.tokens),
+            "greedy": sum(i < count for i in got.tokens),
             "mean_tokens": sum(map(len, got.tokens.values())) / max(len(got.tokens), 1),
             "cut_at_limit": sum(len(t) == self.args.new for t in got.tokens.values()),
             **got.figures(),
         }
-        documents = [self.document(self.train_prompts[i], t) for i, t in sorted(got.tokens.items())]
+        documents = [self.document(self.train_prompts[i % count], t) for i, t in sorted(got.tokens.items())]
         return [d for d in documents if d.counts[0]]
 
     def solve_benchmark(self) -> dict[str, float]:
@@ -251,6 +254,7 @@ def main() -> int:
     parser.add_argument("--train-s", type=float, default=60)
     parser.add_argument("--generate-batch", type=int, default=512)
     parser.add_argument("--batch-rows", type=int, default=4)
+    parser.add_argument("--passes", type=int, default=2, help="solutions of each training problem, time permitting")
     parser.add_argument("--max-epochs", type=int, default=4)
     parser.add_argument("--max-train", type=int, default=1 << 30)
     parser.add_argument("--max-eval", type=int, default=500)

@@ -63,6 +63,7 @@ def write(
     max_tokens: int,
     draft: Any = None,
     temperature: float = 0.0,
+    seed: int = 0,
     deadline_s: float = math.inf,
     warm: bool = False,
 ) -> Written:
@@ -83,7 +84,9 @@ def write(
     if warm:
         engine.warm_up()
     for i, ids in enumerate(prompts):
-        engine.add(Request(id=str(i), prompt_ids=ids, max_tokens=max_tokens, temperature=temperature, seed=i))
+        engine.add(
+            Request(id=str(i), prompt_ids=ids, max_tokens=max_tokens, temperature=temperature, seed=(seed << 32) + i)
+        )
     going: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     result = Written(counts=engine.counts if draft is not None else None)
     start = time.perf_counter()
