@@ -18,6 +18,7 @@ counted in the same pass and gives the accuracies of every k. A tie counts for t
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,9 @@ from torch import Tensor
 from omr.nn.redrafter import Redrafter
 
 TOP_K = 5
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}
-"""Logits held at once, per device type: 2 MiB (the CPU's cache), and on CUDA 1 GiB with as much again in bfloat16; a
-smaller chunk there spends its time on adding up the matrix's gradient."""
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**29}
+"""Logits held at once, per device type: 2 MiB (the CPU's cache), and on CUDA 1 GiB of bfloat16; a smaller chunk there
+spends its time on adding up the matrix's gradient."""
 
 
 def target_mask(is_target: Tensor, lengths: Tensor, predict_n: int, *, contiguous: bool = True) -> Tensor:
@@ -182,7 +183,7 @@ def linear_cross_entropy(
     `teacher` = (base hidden (N, H), base matrix (D, H), share a): the target becomes (1 - a) one-hot + a softmax(base).
     """
     if chunk is None:
-        chunk = max(16, CHUNK_ELEMENTS.get(z.device.type, 2**28) // len(matrix))
+        chunk = max(16, CHUNK_ELEMENTS.get(z.device.type, 2**29) // len(matrix))
     total, losses, ranks = _LinearCrossEntropy.apply(z, matrix, words, weights, want_ranks, teacher, dtype, chunk)
     return total, losses, ranks
 
@@ -198,39 +199,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(z), dtype=torch.float32, device=z.device)
         ranks = torch.empty(len(z) if want_ranks else 0, dtype=torch.int64, device=z.device)
         total = torch.zeros((), dtype=torch.float32, device=z.device)
-        column = torch.arange(len(matrix), device=z.device)
+        fused = _fused(z.device) if teacher is None else None
         for start in range(0, len(z), chunk):
             rows = slice(start, start + chunk)
             zc, word, weight = z[rows].to(dtype), words[rows, None], weights[rows, None]
             logits = zc @ cast_matrix.T
-            if want_ranks:
-                at_target = logits.gather(1, word)
-                better = logits > at_target
-                better |= (logits == at_target) & (column < word)
-                ranks[rows] = better.sum(-1)
-            log_q = torch.log_softmax(logits, -1, dtype=torch.float32)
-            losses[rows] = -log_q.gather(1, word)[:, 0]
-            if teacher is None:
-                total += (losses[rows] * weights[rows]).sum()
+            if fused is not None:
+                rank = ranks[rows] if want_ranks else None
+                fused(logits, words[rows], losses[rows], rank, gradient=need_z or need_m)
+                total += losses[rows] @ weights[rows]
+                grad = logits
             else:
-                hidden, base, share = teacher
-                p = torch.softmax(hidden[rows].to(base.dtype) @ base.T, -1, dtype=torch.float32)
-                soft = -(p * log_q).sum(-1)
-                total += (((1 - share) * losses[rows] + share * soft) * weights[rows]).sum()
-            if not (need_z or need_m):
-                continue
-            grad = log_q.exp_()  # of the logits, without the row's weight, which is cheaper on the thin side below
-            one_hot = torch.full_like(weight, -1.0)
-            if teacher is not None:
-                grad.sub_(p, alpha=share)
-                one_hot *= 1 - share
-            grad.scatter_add_(1, word, one_hot)
-            if dtype != torch.float32:
-                grad = logits.copy_(grad)
+                if want_ranks:
+                    ranks[rows] = _ranks(logits, word)
+                grad, soft = _cross_entropy(logits, word, losses[rows], teacher and (*teacher, rows))
+                total += soft @ weights[rows]
+            # The gradient is without the row's weight, which is cheaper on the thin side here.
             if need_z:
                 grad_z[rows] = (grad @ cast_matrix) * weight
             if need_m:
-                grad_m += grad.T @ (zc * weight).to(dtype)
+                _add_product(grad_m, grad.T, (zc * weight).to(dtype))
         ctx.save_for_backward(grad_z, None if grad_m is None else grad_m.to(matrix.dtype))
         ctx.mark_non_differentiable(losses, ranks)
         return total, losses, ranks
@@ -243,3 +231,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_m is None else grad_m.mul_(grad_total),
             *([None] * 6),
         )
+
+
+def _fused(device: torch.device) -> Any:
+    """The kernel that does a chunk's softmax in one pass over the logits; None where there is no Triton."""
+    if device.type != "cuda" or not importlib.util.find_spec("triton"):
+        return None
+    from omr.nn.loss_kernel import cross_entropy_
+
+    return cross_entropy_
+
+
+def _ranks(logits: Tensor, word: Tensor) -> Tensor:
+    """How many words are preferred to `word` (N, 1) in each row of logits (N, D): (N,)."""
+    at_target = logits.gather(1, word)
+    better = logits > at_target
+    better |= (logits == at_target) & (torch.arange(logits.shape[1], device=logits.device) < word)
+    return better.sum(-1)
+
+
+def _cross_entropy(
+    logits: Tensor, word: Tensor, losses: Tensor, teacher: tuple[Tensor, Tensor, float, slice] | None
+) -> tuple[Tensor, Tensor]:
+    """Fill losses (N,); returns the gradient (N, D), in the logits' place, and the (N,) losses to be minimised."""
+    log_q = torch.log_softmax(logits, -1, dtype=torch.float32)
+    losses.copy_(-log_q.gather(1, word)[:, 0])
+    mixed, share, p = losses, 0.0, None
+    if teacher is not None:
+        hidden, base, share, rows = teacher
+        p = torch.softmax(hidden[rows].to(base.dtype) @ base.T, -1, dtype=torch.float32)
+        mixed = (1 - share) * losses - share * (p * log_q).sum(-1)
+    grad = log_q.exp_()
+    if p is not None:
+        grad.sub_(p, alpha=share)
+    grad.scatter_add_(1, word, torch.full_like(word, share - 1.0, dtype=torch.float32))
+    return (grad if logits.dtype == torch.float32 else logits.copy_(grad)), mixed
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total float32 += a @ b; where it can be, in one pass and without rounding the product."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from omr.nn import rope
+from omr.nn.draft_loss import linear_cross_entropy
 from omr.nn.linear import to_e4m3
 
 pytestmark = [
@@ -15,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 if importlib.util.find_spec("triton"):
-    from omr.nn import kernels
+    from omr.nn import kernels, loss_kernel
 
 DTYPES = {"float32": (torch.float32, 1e-5), "bfloat16": (torch.bfloat16, 1e-2), "float16": (torch.float16, 2e-3)}
 
@@ -59,6 +60,48 @@ def test_silu_mul(kind) -> None:
     scale = torch.tensor([0.01], device="cuda")
     eight = kernels.silu_mul(gate_up, scale).float()
     assert (eight != to_e4m3(got, scale).float()).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("width", [11, 4096, 49152, 151936])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_cross_entropy(kind, width: int, gradient: bool) -> None:
+    dtype, bound = kind
+    logits = (4 * torch.randn(37, width, device="cuda")).to(dtype)
+    logits[0] = 1.0  # all alike: a tie counts for the lower word
+    words = torch.randint(0, width, (37,), device="cuda")
+    wide = logits.double()
+    expected = torch.nn.functional.cross_entropy(wide, words, reduction="none")
+    slope = wide.softmax(-1) - torch.nn.functional.one_hot(words, width)
+    order = logits.argsort(-1, descending=True, stable=True)
+    losses, ranks = torch.empty(37, device="cuda"), torch.empty(37, dtype=torch.int64, device="cuda")
+    before = logits.clone()
+    loss_kernel.cross_entropy_(logits, words, losses, ranks, gradient=gradient)
+    close(losses, expected, 1e-5)
+    assert torch.equal(ranks, (order == words[:, None]).nonzero()[:, 1])
+    if gradient:
+        close(logits, slope, bound)
+    else:
+        assert torch.equal(logits, before)
+    before[3, -1] = float("nan")
+    loss_kernel.cross_entropy_(before, words, losses, None, gradient=True)
+    assert losses.isnan().tolist() == [row == 3 for row in range(37)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_with_the_kernel(dtype: torch.dtype) -> None:
+    """Loss and gradients against float64 autograd, in chunks that do not divide the rows."""
+    torch.manual_seed(0)
+    z = torch.randn(300, 64, device="cuda", requires_grad=True)
+    matrix = torch.randn(5000, 64, device="cuda", requires_grad=True)
+    words, weights = torch.randint(5000, (300,), device="cuda"), torch.rand(300, device="cuda")
+    wide_z, wide_matrix = (t.detach().to(dtype).double().requires_grad_() for t in (z, matrix))
+    loss = torch.nn.functional.cross_entropy(wide_z @ wide_matrix.T, words, reduction="none") @ weights.double()
+    expected = torch.autograd.grad(3 * loss, (wide_z, wide_matrix))
+    total, _, _ = linear_cross_entropy(z, matrix, words, weights, dtype=dtype, chunk=128)
+    bound = 1e-4 if dtype == torch.float32 else 2e-2
+    close(total, loss, bound)
+    for got, wanted in zip(torch.autograd.grad(3 * total, (z, matrix)), expected, strict=True):
+        close(got, wanted, bound)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33, 64])
