@@ -138,7 +138,7 @@ class Subject:
     # stages
 
     def solve_training(self) -> list[Document]:
-        """Solutions of the training problems, as many as the clock allows: all greedily, then all drawn at T 0.7, ...
+        """Solutions of the training problems, as many as the clock allows: greedy ones, then ones drawn at random.
 
         A batch is written to its end before the next begins, so that a batch that was cut off is the last.
         """
@@ -147,7 +147,7 @@ class Subject:
             for start in range(0, count, size):
                 left = self.args.generate_s - got.seconds
                 if left > 0:
-                    knobs = {"temperature": 0.7 if number else 0.0, "seed": number}
+                    knobs = {"temperature": self.args.temperature if number else 0.0, "seed": number}
                     batch = self.write(self.train_prompts[start : start + size], size, deadline_s=left, **knobs)
                     got.add(batch, number * count + start)
         self.solved = {
@@ -256,14 +256,15 @@ def main() -> int:
     parser.add_argument("--generate-batch", type=int, default=512)
     parser.add_argument("--batch-rows", type=int, default=4)
     parser.add_argument("--passes", type=int, default=2, help="solutions of each training problem, time permitting")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the passes after the first")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3, help="of every speed; the median counts")
     parser.add_argument("--max-train", type=int, default=1 << 30)
     parser.add_argument("--max-eval", type=int, default=500)
     parser.add_argument("--new", type=int, default=256, help="most tokens of a solution")
-    parser.add_argument("--batches", default="1,12,32,4", help="most important first")
+    parser.add_argument("--batches", default="1,12,32,4", help="most important first; empty: no speeds")
     args = parser.parse_args()
-    batches = [int(b) for b in args.batches.split(",")]
+    batches = [int(b) for b in args.batches.split(",") if b]
     study = Study(args)
     subject = study.stage("load", 0, lambda: Subject(args))
     documents = subject and study.stage("solve training problems", 0, subject.solve_training)
@@ -280,7 +281,7 @@ def main() -> int:
         study.stage(f"batch {batch}", 20, lambda b=batch: subject.speeds(b, DRAFTERS))
     study.stage("agreement", 6, subject.agree)
     study.stage("agreement in float32", 5, subject.float32_agrees)
-    for batch in (32, 1):
+    for batch in (32, 1) if batches else ():
         study.stage(f"batch {batch}, T 0.7", 10, lambda b=batch: subject.speeds(b, ("none", "redrafter"), 0.7))
     if args.device == "cuda":
         study.results["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -207,13 +207,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if fused is not None:
                 rank = ranks[rows] if want_ranks else None
                 fused(logits, words[rows], losses[rows], rank, gradient=need_z or need_m)
-                total += losses[rows] @ weights[rows]
+                total += (losses[rows] * weights[rows]).sum()  # not a product, which autocast would round
                 grad = logits
             else:
                 if want_ranks:
                     ranks[rows] = _ranks(logits, word)
                 grad, soft = _cross_entropy(logits, word, losses[rows], teacher and (*teacher, rows))
-                total += soft @ weights[rows]
+                total += (soft * weights[rows]).sum()
             # The gradient is without the row's weight, which is cheaper on the thin side here.
             if need_z:
                 grad_z[rows] = (grad @ cast_matrix) * weight

@@ -72,7 +72,7 @@ def test_cross_entropy(kind, width: int, gradient: bool) -> None:
     wide = logits.double()
     expected = torch.nn.functional.cross_entropy(wide, words, reduction="none")
     slope = wide.softmax(-1) - torch.nn.functional.one_hot(words, width)
-    order = logits.argsort(-1, descending=True, stable=True)
+    order = torch.argsort(logits, dim=-1, descending=True, stable=True)
     losses, ranks = torch.empty(37, device="cuda"), torch.empty(37, dtype=torch.int64, device="cuda")
     before = logits.clone()
     loss_kernel.cross_entropy_(logits, words, losses, ranks, gradient=gradient)
