@@ -8,7 +8,8 @@ its longest row; the logits of all draft positions and all tokens exist at once;
 is taken per micro-batch; the five accuracies of every position are measured at every step by five top-k searches. Base
 and products are bfloat16 on a GPU (float32 on a CPU), the drafter's weights and AdamW's state float32. It is run once
 more without the accuracies, to show what the rest of it costs. When its micro-batch does not fit, a smaller one is
-taken. omr runs as in job=train, with the same rows an optimiser step and bfloat16 products.
+taken. omr runs as in job=train, with the same rows an optimiser step and bfloat16 products; it counts accuracies at
+every twentieth step, and once more is run with all of them at every step.
 
 Two kinds of documents of random tokens: `full` are all of one length and all target, so both sides have the same work,
 and the losses of the first step are compared; `text` have lengths between a half and one, a tenth of each is prompt and
@@ -180,9 +181,12 @@ def collate(batch: list[Document]) -> tuple[Tensor, Tensor]:
 
 
 def run_omr(
-    about: Setting, rows: list[Document], *, per_step: int, batch: int, length: int, warm: int
+    about: Setting, rows: list[Document], *, per_step: int, batch: int, length: int, warm: int, accuracies: bool
 ) -> tuple[dict[str, float], list[list[Document]]]:
-    """Figures of omr's own loop over `rows`, and the documents of each of its steps."""
+    """Figures of omr's own loop over `rows` but for the last step of the plan, and the documents of those steps.
+
+    The last step always counts accuracies, so it is not run; `accuracies` counts them at every step.
+    """
     how = Train(
         rows=len(rows),
         batch_rows=batch,
@@ -196,7 +200,9 @@ def run_omr(
     )
     option = Redrafter(predict_n=PREDICT_N, train=how)
     loop = Training(option, about.ours, about.head(), rows, rows[:1], Ranks(0, 1, about.device))
-    taken = [[rows[row] for batch in step for row in batch] for step in loop.steps]
+    if accuracies:
+        loop.log_every = 1
+    taken = [[rows[row] for batch in step for row in batch] for step in loop.steps[:-1]]
     timed = clock(lambda number: loop.one_step(Path("unused")), warm, len(taken) - warm, about.device)
     return {"micro_batch": batch, **timed}, taken
 
@@ -287,12 +293,13 @@ def main() -> None:
     print(f"drafter of {results['drafter_parameters'] / 1e6:.1f} M parameters; set up in {results['set_up_s']:.1f} s")
     print(f"relative distance of the base's states, omr to transformers: {apart:.1e}")
     for kind in ("full", "text"):
-        every = documents(kind, args.rows * (args.warm + args.steps), length, head.vocab_size)
+        every = documents(kind, args.rows * (args.warm + args.steps + 1), length, head.vocab_size)
         figures = results["figures"][kind] = {}
         tidy(device)
-        figures["omr"], plan = run_omr(
-            about, every, per_step=args.rows, batch=args.batch, length=length, warm=args.warm
-        )
+        knobs = {"per_step": args.rows, "batch": args.batch, "length": length, "warm": args.warm}
+        for name, accuracies in (("omr", False), ("omr, accuracies at every step", True)):
+            tidy(device)
+            figures[name], plan = run_omr(about, every, accuracies=accuracies, **knobs)
         tokens = sum(len(d.ids) for step in plan[args.warm :] for d in step)
         for name, accuracies in (("port", True), ("port without accuracies", False)):
             tidy(device)
@@ -303,12 +310,12 @@ def main() -> None:
             row["ms_step"] = 1e3 * row["seconds"] / args.steps
             peak = f"  peak {row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
             print(
-                f"{kind:5s} {name:24s} {row['tok_s']:10,.0f} tok/s  {row['ms_step']:8.1f} ms a step  micro-batch "
+                f"{kind:5s} {name:30s} {row['tok_s']:10,.0f} tok/s  {row['ms_step']:8.1f} ms a step  micro-batch "
                 f"{row['micro_batch']}{peak}  first loss {row['first_loss']:.4f}",
                 flush=True,
             )
         for name in figures:
-            if name != "omr":
+            if name.startswith("port"):
                 ratio = results["ratios"][f"{kind}: omr to {name}"] = figures["omr"]["tok_s"] / figures[name]["tok_s"]
                 print(f"{kind:5s} omr to {name}: {ratio:.2f}", flush=True)
     results["total_s"] = time.perf_counter() - start

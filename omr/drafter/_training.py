@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from omr.drafter.redrafter import Redrafter as Option
 
 LOG_EVERY = 20
-"""Steps per line of the curve."""
+"""Steps per line of the curve, for which accuracies are counted."""
 
 
 class Training:
@@ -54,7 +54,7 @@ class Training:
     ) -> None:
         self.option, self.how, self.base, self.drafter, self.ranks = option, option.train, base, drafter, ranks
         self.kept, self.held_out = kept, held_out
-        self.device = ranks.device
+        self.device, self.log_every = ranks.device, LOG_EVERY
         self.steps = plan(
             [len(d.ids) for d in kept],
             batch_rows=self.how.batch_rows,
@@ -115,7 +115,7 @@ class Training:
         """Train the next step of the plan and return its loss, on the device. `resume` gets the batch of a failure."""
         step, every = self.progress.step, self.how.eval_every
         evaluates = bool(every) and ((step + 1) % every == 0 or step + 1 == len(self.steps))
-        logs = evaluates or (step + 1) % LOG_EVERY == 0 or step + 1 == len(self.steps)
+        logs = evaluates or (step + 1) % self.log_every == 0 or step + 1 == len(self.steps)
         meter = DraftMeter(self.option.predict_n, self.device) if logs else None
         rate = self.how.lr * schedule(self.how.schedule.value, step, len(self.steps), self.how.warmup)
         for group in self.optimiser.param_groups:
