@@ -74,19 +74,20 @@ class Checkpoint:
                 raise InputError(f"{info.file}: tensor {name} cannot be read ({error}); fetch the file again") from None
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, any_family: bool = False) -> Checkpoint:
     """Read config.json and every safetensors header of `folder`.
 
-    Raises InputError when the folder is not a checkpoint of a supported architecture or has no safetensors, and when a
-    file is truncated, tampered with or missing from the index.
+    Raises InputError when the folder is not a checkpoint of a supported architecture (unless `any_family`) or has no
+    safetensors, and when a file is truncated, tampered with or missing from the index.
     """
     if not folder.is_dir():
         raise InputError(f"model folder {folder} does not exist; set model.path to a Hugging Face folder")
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") or []
-    if not set(architectures) & set(ARCHITECTURES):
+    if not any_family and not set(architectures) & set(ARCHITECTURES):
         raise InputError(
-            f"{folder / 'config.json'} says architectures {architectures}; omr runs {', '.join(ARCHITECTURES)}"
+            f"{folder / 'config.json'} says architectures {architectures}; omr runs {', '.join(ARCHITECTURES)}; others "
+            "go to a server of another program as they are, with quant=bf16 and a drafter that omr does not train"
         )
     tensors: dict[str, TensorInfo] = {}
     for path in weight_files(folder):

@@ -69,7 +69,7 @@ def preflight(cfg: Config) -> None:
     if uri := cfg.tracking():
         tracker.preflight(uri)
     if cfg.server.needs_weights:
-        source.preflight(cfg.model, serves=cfg.job.serves)
+        source.preflight(cfg.model, serves=cfg.job.serves, any_family=cfg.any_family)
         _require_room_to_make(cfg, device)
     dataset.preflight(cfg.model.text)
     cfg.benchmark.preflight()
@@ -121,7 +121,7 @@ def _has_artifact(kind: str, least_bytes: float) -> bool:
 
 def weights(run: Run) -> Made:
     """The base model's folder."""
-    found = source.resolve(run.cfg.model, run.store)
+    found = source.resolve(run.cfg.model, run.store, any_family=run.cfg.any_family)
     return Made(found.folder, found.key)
 
 

@@ -69,6 +69,10 @@ class Sglang(Server):
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static < 1:
             raise ConfigError(f"server.mem_fraction_static must be in (0, 1), got {self.mem_fraction_static}")
 
+    @property
+    def serves_any_family(self) -> bool:
+        return True
+
     def preflight(self, spec: ServeSpec) -> None:
         self.require_choices(spec.quant, spec.drafter.option_name)
         self.speculation(spec)

@@ -114,6 +114,10 @@ class Trtllm(Server):
     def builds_engine(self) -> bool:
         return self.backend is Backend.tensorrt
 
+    @property
+    def serves_any_family(self) -> bool:
+        return not self.builds_engine
+
     def preflight(self, spec: ServeSpec) -> None:
         self.require_choices(spec.quant, spec.drafter.option_name)
         drafter = spec.drafter

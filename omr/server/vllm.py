@@ -80,6 +80,10 @@ class Vllm(Server):
                 f"server.max_num_seqs={self.max_num_seqs}"
             )
 
+    @property
+    def serves_any_family(self) -> bool:
+        return True
+
     def preflight(self, spec: ServeSpec) -> None:
         self.require_choices(spec.quant, spec.drafter.option_name)
         self.speculative_config(spec)
