@@ -28,9 +28,9 @@ from typing import Any
 
 from omr import hub
 from omr.artifact import MANIFEST, Store, file_sha256, key_of, resume_folder
-from omr.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from omr.errors import ConfigError, InputError, MissingBackend, ResourceError
 from omr.model import Model
+from omr.nn.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from omr.nn.config import DecoderConfig, parse
 from omr.process import log_tail, spawn
 

@@ -20,9 +20,9 @@ import pytest
 
 from omr import source
 from omr.artifact import MANIFEST, Store
-from omr.checkpoint import open_checkpoint, read_header
 from omr.errors import ConfigError, InputError, ResourceError
 from omr.model import Model
+from omr.nn.checkpoint import open_checkpoint, read_header
 from omr.nn.config import parse
 
 Make = Callable[..., Path]

@@ -108,8 +108,12 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those of the index, else model.safetensors. Raises InputError."""
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{folder / INDEX} has no weight_map; fetch it again")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
+            raise InputError(f"{folder / INDEX} has no weight_map from tensors to files; fetch it again")
         files = [folder / name for name in sorted(set(weight_map.values()))]
     elif (folder / SINGLE).is_file():
         files = [folder / SINGLE]
