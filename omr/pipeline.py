@@ -214,18 +214,18 @@ def _writer(cfg: Config) -> Config:
 
 
 def _problems(run: Run, how: OwnText, rows: int) -> list[Problem]:
-    source = on_policy.problem_source(how)
-    if source:
-        return on_policy.choose((problem.text for problem in source.load()), how, rows)
+    named = on_policy.problem_source(how)
+    if named:
+        return on_policy.choose((problem.text for problem in named.load()), how, rows)
     spare = 2 * rows + 100  # a dataset may have several solutions of a problem
     return on_policy.choose((problem for problem, _ in _rows(run, spare)), how, rows)
 
 
 def _problems_key(run: Run, how: OwnText) -> dict[str, str]:
-    source = on_policy.problem_source(how)
-    if source is None:
+    named = on_policy.problem_source(how)
+    if named is None:
         return _rows_key(run)
-    file = source.local_file()
+    file = named.local_file()
     assert file is not None
     return {"problems": file_sha256(file)}
 
