@@ -102,12 +102,9 @@ class Store:
     def find(self, kind: str, key: str) -> Artifact | None:
         """The finished artifact, or None. Raises InputError when its files are not those that were built."""
         folder = self.root / kind / key
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-        except FileNotFoundError:
+        if not (folder / MANIFEST).exists():
             return None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder / MANIFEST} cannot be read ({error}); delete {folder} to rebuild it") from None
+        manifest = _read_manifest(folder)
         _check_files(folder, manifest["files"])
         return Artifact(kind, key, folder, manifest)
 
@@ -190,11 +187,25 @@ class Store:
             yield
 
     def all(self) -> Iterator[Artifact]:
-        """Every finished artifact, files unchecked."""
-        for manifest in sorted(self.root.glob(f"*/*/{MANIFEST}")):
-            folder = manifest.parent
-            if not folder.name.startswith("."):
-                yield Artifact(folder.parent.name, folder.name, folder, json.loads(manifest.read_text()))
+        """Every finished artifact, files unchecked. One whose manifest is damaged is left out, with a notice."""
+        for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
+            folder = path.parent
+            if folder.name.startswith("."):
+                continue
+            try:
+                yield Artifact(folder.parent.name, folder.name, folder, _read_manifest(folder))
+            except InputError as error:
+                self.notice(str(error))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(manifest, dict) or not {"files", "recipe", "created"} <= manifest.keys():
+            raise ValueError("it is no manifest")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / MANIFEST} cannot be read ({error}); delete {folder} to rebuild it") from None
+    return manifest
 
 
 def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:

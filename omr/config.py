@@ -84,6 +84,12 @@ class Config:
         if own := self.drafter.own_text():
             self._check_room("drafter.train.own.sampling", own.sampling)
 
+    @property
+    def any_family(self) -> bool:
+        """Whether the model may be of any family: another program serves it as it is, and omr does not load it."""
+        as_it_is = self.quant.identity and not self.drafter.trained
+        return self.job.serves and as_it_is and self.server.serves_any_family
+
     def _check_room(self, name: str, sampling: Sampling) -> None:
         if sampling.max_tokens >= self.model.context_tokens:
             raise ConfigError(

@@ -69,7 +69,7 @@ def preflight(cfg: Config) -> None:
     if uri := cfg.tracking():
         tracker.preflight(uri)
     if cfg.server.needs_weights:
-        source.preflight(cfg.model, serves=cfg.job.serves)
+        source.preflight(cfg.model, serves=cfg.job.serves, any_family=cfg.any_family)
         _require_room_to_make(cfg, device)
     dataset.preflight(cfg.model.text)
     cfg.benchmark.preflight()
@@ -121,7 +121,7 @@ def _has_artifact(kind: str, least_bytes: float) -> bool:
 
 def weights(run: Run) -> Made:
     """The base model's folder."""
-    found = source.resolve(run.cfg.model, run.store)
+    found = source.resolve(run.cfg.model, run.store, any_family=run.cfg.any_family)
     return Made(found.folder, found.key)
 
 
@@ -214,18 +214,18 @@ def _writer(cfg: Config) -> Config:
 
 
 def _problems(run: Run, how: OwnText, rows: int) -> list[Problem]:
-    source = on_policy.problem_source(how)
-    if source:
-        return on_policy.choose((problem.text for problem in source.load()), how, rows)
+    named = on_policy.problem_source(how)
+    if named:
+        return on_policy.choose((problem.text for problem in named.load()), how, rows)
     spare = 2 * rows + 100  # a dataset may have several solutions of a problem
     return on_policy.choose((problem for problem, _ in _rows(run, spare)), how, rows)
 
 
 def _problems_key(run: Run, how: OwnText) -> dict[str, str]:
-    source = on_policy.problem_source(how)
-    if source is None:
+    named = on_policy.problem_source(how)
+    if named is None:
         return _rows_key(run)
-    file = source.local_file()
+    file = named.local_file()
     assert file is not None
     return {"problems": file_sha256(file)}
 

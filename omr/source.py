@@ -6,8 +6,9 @@
     hub        a Hugging Face repository           keyed by id and full commit hash; files stay in the hub's cache
 
 The first that is set wins. Whatever the origin, the folder is checked before anything is built from it: a supported
-architecture, safetensors whose headers agree with the files' sizes, a tokenizer. Only safetensors, JSON and tokenizer
-files are fetched from the hub, and nothing in a repository or wheel is ever executed.
+architecture (`any_family` takes others: another program serves them as they are), safetensors whose headers agree with
+the files' sizes, a tokenizer. Only safetensors, JSON and tokenizer files are fetched from the hub, and nothing in a
+repository or wheel is ever executed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import Any
 
 from omr import hub
 from omr.artifact import MANIFEST, Store, file_sha256, key_of, resume_folder
-from omr.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from omr.errors import ConfigError, InputError, MissingBackend, ResourceError
 from omr.model import Model
+from omr.nn.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from omr.nn.config import DecoderConfig, parse
 from omr.process import log_tail, spawn
 
@@ -52,15 +53,16 @@ class Source:
     """Where it came from: kind and, by kind, path, package, hub id and commit."""
 
 
-def preflight(model: Model, *, serves: bool = False) -> None:
+def preflight(model: Model, *, serves: bool = False, any_family: bool = False) -> None:
     """Refuse a model that cannot be had here, without fetching or importing anything. Raises InputError and the like.
 
     A local folder is checked as in `resolve`, and with `serves` its longest context too. For the hub: a plausible id,
     room on disk, and the cache when offline.
     """
     if local := local_folder(model):
-        longest = parse(check_folder(local).config).max_position_embeddings
-        if serves and model.context_tokens > longest:
+        config = check_folder(local, any_family=any_family).config
+        longest = config.get("max_position_embeddings") if any_family else parse(config).max_position_embeddings
+        if serves and isinstance(longest, int) and model.context_tokens > longest:
             raise ConfigError(
                 f"model.context_tokens={model.context_tokens} is more than the model's "
                 f"max_position_embeddings={longest}; set it to {longest} or less"
@@ -78,13 +80,13 @@ def preflight(model: Model, *, serves: bool = False) -> None:
         _preflight_cache(model)
 
 
-def resolve(model: Model, store: Store) -> Source:
+def resolve(model: Model, store: Store, *, any_family: bool = False) -> Source:
     """The model's folder, fetched or converted if it is not here yet, and the key of its content.
 
     Raises InputError (missing, truncated, unsupported files; unreachable or gated hub), MissingBackend, ResourceError.
     """
     if local := local_folder(model):
-        check_folder(local)
+        check_folder(local, any_family=any_family)
         digests = {path.name: _digest(path, store.root) for path in content_files(local)}
         kind = "path" if model.path else "embedded"
         return Source(local, key_of("weights", {"files": digests}, {}), {"kind": kind, "path": str(local)})
@@ -98,7 +100,7 @@ def resolve(model: Model, store: Store) -> Source:
     assert model.hub is not None
     commit = hub.resolve_revision(model.hub, model.revision)
     folder = hub.snapshot(model.hub, commit, HUB_PATTERNS)
-    check_folder(folder)
+    check_folder(folder, any_family=any_family)
     recipe = {"hub": model.hub, "revision": commit}
     return Source(folder, key_of("weights", recipe, {}), {"kind": "hub", **recipe})
 
@@ -119,12 +121,14 @@ def local_folder(model: Model) -> Path | None:
     return None
 
 
-def check_folder(folder: Path) -> Checkpoint:
+def check_folder(folder: Path, *, any_family: bool = False) -> Checkpoint:
     """Open a checkpoint and refuse what could not be served: see the module's docstring. Raises InputError."""
-    opened = open_checkpoint(folder)
-    config = parse(opened.config)
+    opened = open_checkpoint(folder, any_family=any_family)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it from the base model")
+    if any_family:
+        return opened
+    config = parse(opened.config)
     for name in ("model.embed_tokens.weight", f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"):
         if name not in opened.tensors:
             raise InputError(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from omr.artifact import MANIFEST, Store, content, key_of, resume_folder
+from omr.cli import artifacts
 from omr.errors import InputError, ResourceError
 
 
@@ -126,6 +127,20 @@ def test_damage_is_refused_with_the_fix(tmp_path: Path, damage: str) -> None:
         store.get("text", {"rows": 3}, {}, refuse)
 
 
+@pytest.mark.parametrize("manifest", ["{", "[]", "{}", "\udcff"])
+def test_a_damaged_manifest_hides_its_artifact_alone(tmp_path: Path, manifest: str) -> None:
+    notices: list[str] = []
+    store = Store(tmp_path, notices.append)
+    whole = store.get("text", {"rows": 3}, {}, write("abc"))
+    other = store.get("text", {"rows": 4}, {}, write("abcd"))
+    (other.path / MANIFEST).write_bytes(manifest.encode(errors="surrogateescape"))
+    notices.clear()
+    assert [made.key for made in store.all()] == [whole.key]
+    assert len(notices) == 1 and f"delete {other.path} to rebuild it" in notices[0] and "\n" not in notices[0]
+    with pytest.raises(InputError, match=f"delete {other.path}"):
+        store.get("text", {"rows": 4}, {}, refuse)
+
+
 def test_a_touched_but_unchanged_file_is_fine(tmp_path: Path) -> None:
     store = Store(tmp_path)
     made = store.get("text", {}, {}, write("abc"))
@@ -173,3 +188,18 @@ Store(Path({str(tmp_path)!r})).get("text", {{}}, {{}}, make)
     made = store.get("text", {}, {}, write("whole"))
     assert made.built and (made.path / "data.txt").read_text() == "whole"
     assert not list(tmp_path.rglob("*.building"))
+
+
+def test_the_verb_reports_what_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMR_HOME", str(tmp_path))
+    store = Store(tmp_path / "artifacts")
+    made = [store.get("text", {"rows": rows}, {}, write("abc")) for rows in range(3)]
+    assert artifacts.main(["verify"]) == 0
+    (made[0].path / MANIFEST).write_text("{")
+    (made[1].path / "data.txt").write_text("abd")
+    assert artifacts.main([]) == 0 and artifacts.main(["verify"]) == 1
+    out = capsys.readouterr().out
+    assert out.count(f"DAMAGED: {made[0].path / MANIFEST} cannot be read") == 2
+    assert f"CHANGED: data.txt; delete {made[1].path} to rebuild it" in out and f"text/{made[2].key}" in out

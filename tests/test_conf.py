@@ -55,6 +55,12 @@ def test_every_experiment_composes(name: str) -> None:
     assert isinstance(one(f"+experiment={name}"), Config)
 
 
+def test_whose_models_may_be_of_any_family() -> None:
+    assert one("server=vllm", "drafter=mtp").any_family and one("server=trtllm_pytorch", "quant=bf16").any_family
+    for loads in (["server=native"], ["server=vllm", "quant=int8_wo"], ["server=vllm", "job=build"], ["server=trtllm"]):
+        assert not one(*loads, "model.context_tokens=32768").any_family, loads
+
+
 def test_the_bare_command_is_the_embedded_default() -> None:
     cfg = one()
     assert (cfg.model.name, cfg.server.option_name, cfg.job.option_name) == ("tiny", "native", "eval")

@@ -31,7 +31,6 @@ RANKS: dict[str, int] = {
     "omr.extra_trackers": 1,
     "omr.hub": 1,
     "omr.interrupt": 1,
-    "omr.checkpoint": 1,
     "omr.table": 1,
     "omr.chunks": 1,
     "omr.wire": 1,

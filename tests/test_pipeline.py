@@ -86,7 +86,9 @@ def test_a_model_too_large_to_be_calibrated_or_trained_on(
     folder = home / "artifacts" / kind / "0123"
     folder.mkdir(parents=True)
     for size, enough in ((6_000_000, False), (7_000_000_000, True)):
-        (folder / "manifest.json").write_text(json.dumps({"files": {"a": {"bytes": size}}}))
+        (folder / "manifest.json").write_text(
+            json.dumps({"files": {"a": {"bytes": size}}, "recipe": {}, "created": ""})
+        )
         if enough:
             pipeline.preflight(cfg)
         else:

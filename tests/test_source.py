@@ -20,9 +20,9 @@ import pytest
 
 from omr import source
 from omr.artifact import MANIFEST, Store
-from omr.checkpoint import open_checkpoint, read_header
 from omr.errors import ConfigError, InputError, ResourceError
 from omr.model import Model
+from omr.nn.checkpoint import open_checkpoint, read_header
 from omr.nn.config import parse
 
 Make = Callable[..., Path]
@@ -157,6 +157,24 @@ def test_damaged_folders_are_refused_before_anything_is_built(how: str, message:
     with pytest.raises(InputError, match=message) as refused:
         source.preflight(Model(path=str(folder)))
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_of_another_family_goes_to_another_server_as_it_is(make_model: Make, store: Store) -> None:
+    folder = make_model()
+    config = json.loads((folder / "config.json").read_text())
+    other = {**config, "architectures": ["MiMoForCausalLM"], "model_type": "mimo", "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(other))
+    model = Model(path=str(folder))
+    with pytest.raises(InputError, match="quant=bf16 and a drafter that omr does not train"):
+        source.preflight(model)
+    source.preflight(model, any_family=True)
+    assert source.resolve(model, store, any_family=True).folder == folder
+    long = Model(path=str(folder), context_tokens=4096)
+    with pytest.raises(ConfigError, match="max_position_embeddings=512"):
+        source.preflight(long, serves=True, any_family=True)
+    damage(folder, "truncated")
+    with pytest.raises(InputError, match=r"should have .* bytes and has"):
+        source.preflight(model, any_family=True)
 
 
 def test_a_missing_folder_is_refused() -> None:

@@ -14,7 +14,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="omr artifacts", description=__doc__)
     parser.add_argument("action", nargs="?", choices=["ls", "verify", "prune"], default="ls")
     action = parser.parse_args(argv).action
-    store = Store(home() / "artifacts")
+    damaged: list[str] = []
+    store = Store(home() / "artifacts", damaged.append)
     if action == "prune":
         return _prune(store)
     bad = 0
@@ -33,7 +34,9 @@ def main(argv: list[str]) -> int:
         else:
             line += f"  {json.dumps(artifact.manifest['recipe'].get('type', ''))[1:-1]}"
         print(line)
-    return 1 if bad else 0
+    for line in damaged:
+        print(f"DAMAGED: {line}")
+    return 1 if bad or (damaged and action == "verify") else 0
 
 
 def _prune(store: Store) -> int:

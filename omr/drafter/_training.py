@@ -27,7 +27,7 @@ from omr.drafter._documents import Document, plan
 from omr.drafter._draft_meter import DraftMeter
 from omr.drafter._ranks import Ranks
 from omr.drafter._state_cache import StateCache
-from omr.drafter._training_state import Progress, load_state, save_state
+from omr.drafter._training_state import Progress, left_by_another_recipe, load_state, save_state
 from omr.errors import TrainingError
 from omr.nn.draft_loss import DraftLoss, draft_loss
 from omr.nn.redrafter import Redrafter
@@ -77,8 +77,12 @@ class Training:
         """Train from the state in `resume`, if there is one, to the end; then measure on the held-out documents."""
         self.progress = Progress(recipe)
         total = len(self.steps)
-        if load_state(resume, self.progress, self.drafter, self.optimiser) and self.ranks.rank == 0:
-            print(f"drafter training goes on from step {self.progress.step} of {total}", file=sys.stderr)
+        resumed = load_state(resume, self.progress, self.drafter, self.optimiser)
+        if self.ranks.rank == 0:
+            if resumed:
+                print(f"drafter training goes on from step {self.progress.step} of {total}", file=sys.stderr)
+            elif other := left_by_another_recipe(resume, recipe):
+                print(f"drafter training starts anew; {other}", file=sys.stderr)
         if self.how.cache_states:
             self._cache(resume / f"states-{key_of('states', recipe, {})}")
         self._saved_at = time.monotonic()

@@ -94,14 +94,37 @@ def load_state(folder: Path, progress: Progress, module: torch.nn.Module, optimi
     return True
 
 
+def left_by_another_recipe(folder: Path, recipe: Mapping[str, Any]) -> str | None:
+    """One line on the newest state beside `folder` of a training on the same base and text; None without one.
+
+    Another recipe is another artifact with a folder of its own, so such a state is neither used nor lost.
+    """
+    states = [path for path in folder.parent.glob(f".*.resume/{FILE}") if path.parent != folder]
+    for path in sorted(states, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            with safe_open(path, framework="pt") as file:
+                old, step = json.loads(file.metadata()["recipe"]), file.metadata()["step"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            continue
+        if all(old.get(name) == recipe.get(name) for name in ("base", "text")):
+            changes = [f"{name.removeprefix('recipe.')}={was}, now {now}" for name, was, now in _changes(old, recipe)]
+            return f"{path} holds step {step} of a training with {'; '.join(changes)}: set back, it goes on from there"
+    return None
+
+
 def _same_recipe(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for name, before, now in _changes(old, new):
+        raise InputError(
+            f"{path} was left by a training with {name}={before}, now it is {now}; "
+            "set it back to go on, or delete that file to start anew"
+        )
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, value before, value now) of every knob that differs."""
     before, now = _flat(old), _flat(new)
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise InputError(
-                f"{path} was left by a training with {name}={before.get(name)}, now it is {now.get(name)}; "
-                "set it back to go on, or delete that file to start anew"
-            )
+    names = sorted(before.keys() | now.keys())
+    return [(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

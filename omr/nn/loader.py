@@ -8,8 +8,6 @@ lm_head, and the scales of an FP8 KV cache (k_scale, v_scale), since the cache i
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from omr.errors import InputError
 from omr.nn import config as decoder_config
+from omr.nn.checkpoint import weight_files
 from omr.nn.linear import Fp8Linear, GroupLinear, Int8Linear
 from omr.nn.quant_format import QuantFormat, quant_format, unpack
 from omr.nn.transformer import Transformer
@@ -83,11 +82,9 @@ class Tensors:
         self.folder, self.device = folder, device
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}
-        for path in _files(folder):
+        for path in weight_files(folder):
             try:
                 reader = safe_open(path, framework="pt", device=device)
-            except FileNotFoundError:
-                raise InputError(f"{path} is missing, though the index names it; fetch the model again") from None
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path} is truncated or not safetensors ({error}); fetch the model again") from None
             self._open[path] = reader
@@ -123,26 +120,6 @@ class Tensors:
             raise InputError(
                 f"{self.folder}: unexpected tensor {left[0]}{more}; the checkpoint does not fit config.json"
             )
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return iter([single])
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is not a safetensors index ({error})") from None
-        if any(Path(name).name != name for name in names):
-            raise InputError(f"{index} names a file outside the folder")
-        return (folder / name for name in names)
-    pickled = next((p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)), None)
-    if pickled:
-        raise InputError(
-            f"{folder} has no model.safetensors, only {pickled}; pickled weights are not read, convert them"
-        )
-    raise InputError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
 
 
 def _parameter(tensor: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:

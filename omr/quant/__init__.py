@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from omr.errors import ConfigError
+
 
 @dataclass(kw_only=True)
 class Quantiser:
@@ -21,10 +23,19 @@ class Quantiser:
     """Bump when the written bytes change for the same fields: it is part of the artifact key."""
     identity: ClassVar[bool] = False
     """True when the checkpoint is the source itself: nothing is written."""
+    calibrates: ClassVar[bool] = False
+    """Whether it looks at activations, and so needs `calib_samples`."""
     calib_samples: int = 0
     """Rows of text seen while collecting activation ranges; 0 needs no calibration set."""
     calib_tokens: int = field(default=2048)
     """Longest calibration row, in tokens; longer rows are cut."""
+
+    def __post_init__(self) -> None:
+        if self.calib_samples and not self.calibrates:
+            raise ConfigError(
+                f"quant={self.option_name} reads weights alone and calibrates nothing; leave quant.calib_samples at 0, "
+                f"got {self.calib_samples} (in a sweep over quant: an option file of its own for the one that does)"
+            )
 
     def quantise(self, src: Path, out: Path, calibration: Path | None, device: str) -> dict[str, float]:
         """Write the quantised checkpoint of `src` into the empty folder `out` and return summary metrics.

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from omr.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from omr.errors import InputError
+from omr.nn.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 from omr.nn.config import parse
 
 SHARD_BYTES = 4 << 30

@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omr.errors import ConfigError, InputError
 from omr.option import option
@@ -57,6 +57,7 @@ class Export(Enum):
 class Fp8(Quantiser):
     """E4M3 weights and activations with static scales from calibration."""
 
+    calibrates: ClassVar[bool] = True
     calib_samples: int = 512
     granularity: Granularity = Granularity.tensor
     """Weight scales: one a tensor, or one an output channel."""

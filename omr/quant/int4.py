@@ -49,6 +49,7 @@ class Int4(Quantiser):
     """`none` maps each group's largest weight to the largest code; `mse` looks for the scale with the least error."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group_size < 8 or self.group_size % 8:
             raise ConfigError(f"quant.group_size must be a multiple of 8, got {self.group_size}; 128 is usual")
 

@@ -155,6 +155,11 @@ class Server:
         """
 
     @property
+    def serves_any_family(self) -> bool:
+        """Whether it takes an unquantised model of a family that omr's own code cannot load."""
+        return False
+
+    @property
     def builds_engine(self) -> bool:
         """Whether `build` must have run before `launch`."""
         return False

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omr.errors import ConfigError, OmrError, UserError
+from omr.errors import ConfigError, InputError, OmrError, UserError
 from omr.option import discover, from_fields
 
 if TYPE_CHECKING:
@@ -76,6 +76,11 @@ def load(spec: NativeSpec) -> Loaded:
     dtype = None if spec.dtype == "auto" else getattr(torch, spec.dtype)
     model = loader.load(folder, device=spec.device, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:  # fewer is usual: tables are padded
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the weights have {model.config.vocab_size}; "
+            "they do not belong together, copy the tokenizer files of the model's own"
+        )
     longest = model.config.max_position_embeddings
     if spec.context_tokens > longest:
         raise ConfigError(

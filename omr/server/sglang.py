@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from omr.drafter._elsewhere import ModelDrafter
+from omr.drafter.mtp import Mtp
 from omr.drafter.ngram import Ngram
 from omr.errors import ConfigError
 from omr.option import option
 from omr.server import Endpoint, Server, ServeSpec, SpecCounts, _backend, _child, _prometheus
 
-_ALGORITHMS = {"eagle3": "EAGLE3", "draft_model": "STANDALONE"}
+_ALGORITHMS = {"eagle3": "EAGLE3", "draft_model": "STANDALONE", "mtp": "EAGLE"}
+"""MTP layers are driven like an EAGLE head whose weights are in the served checkpoint."""
 
 
 class Dtype(Enum):
@@ -42,7 +44,7 @@ class Sglang(Server):
     """Names of the knobs are SGLang's flags."""
 
     runs_quant: ClassVar[frozenset[str]] = frozenset({"bf16", "fp8", "int8_wo", "int4"})
-    runs_drafter: ClassVar[frozenset[str]] = frozenset({"none", "ngram", "draft_model", "eagle3"})
+    runs_drafter: ClassVar[frozenset[str]] = frozenset({"none", "ngram", "draft_model", "eagle3", "mtp"})
 
     start_timeout_s: float = 1800.0
     python: str | None = None
@@ -66,6 +68,10 @@ class Sglang(Server):
             raise ConfigError(f"server.max_running_requests must be >= 1, got {self.max_running_requests}")
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static < 1:
             raise ConfigError(f"server.mem_fraction_static must be in (0, 1), got {self.mem_fraction_static}")
+
+    @property
+    def serves_any_family(self) -> bool:
+        return True
 
     def preflight(self, spec: ServeSpec) -> None:
         self.require_choices(spec.quant, spec.drafter.option_name)
@@ -116,10 +122,11 @@ class Sglang(Server):
                 *("--speculative-ngram-max-bfs-breadth", "1"),
                 *("--speculative-ngram-max-trie-depth", str(drafter.max_ngram + drafter.draft_tok)),
             ]
-        if isinstance(drafter, ModelDrafter):
+        if isinstance(drafter, ModelDrafter | Mtp):
+            weights = str(spec.checkpoint) if isinstance(drafter, Mtp) else drafter.weights()
             return [
                 *("--speculative-algorithm", _ALGORITHMS[drafter.option_name]),
-                *("--speculative-draft-model-path", drafter.weights()),
+                *("--speculative-draft-model-path", weights),
                 *("--speculative-num-steps", str(drafter.draft_tok)),
                 *("--speculative-eagle-topk", "1"),
                 *("--speculative-num-draft-tokens", str(drafter.draft_tok + 1)),

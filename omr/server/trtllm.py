@@ -4,7 +4,7 @@
                        The only server outside omr that runs a ReDrafter head. Versions 1.0 to 1.2: engines were removed
                        from TensorRT-LLM in the middle of 2026.
     backend=pytorch    the checkpoint as it is (an FP8 one with hf_quant_config.json), `trtllm-serve --backend pytorch`;
-                       drafters ngram, draft_model, eagle3 through its YAML options.
+                       drafters ngram, draft_model, eagle3, mtp through its YAML options.
 
 TensorRT-LLM is never imported here: its import starts MPI, and its workers import the main module again. What it is
 asked to do are two commands, composed below. Its /metrics is a list of iterations since the last read, not counters.
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from omr.drafter._elsewhere import ModelDrafter
+from omr.drafter.mtp import Mtp
 from omr.drafter.ngram import Ngram
 from omr.drafter.redrafter import Head, Redrafter
 from omr.errors import ChildError, ConfigError, MissingBackend
@@ -40,7 +41,7 @@ FIRST, REMOVED = (1, 0), (1, 3)
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "*.model")
 _RUNS = {
     "tensorrt": frozenset({"none", "redrafter"}),
-    "pytorch": frozenset({"none", "ngram", "draft_model", "eagle3"}),
+    "pytorch": frozenset({"none", "ngram", "draft_model", "eagle3", "mtp"}),
 }
 _DECODING = {"draft_model": "DraftTarget", "eagle3": "Eagle3"}
 
@@ -112,6 +113,10 @@ class Trtllm(Server):
     @property
     def builds_engine(self) -> bool:
         return self.backend is Backend.tensorrt
+
+    @property
+    def serves_any_family(self) -> bool:
+        return not self.builds_engine
 
     def preflight(self, spec: ServeSpec) -> None:
         self.require_choices(spec.quant, spec.drafter.option_name)
@@ -270,7 +275,13 @@ class Trtllm(Server):
                 "max_draft_len": drafter.draft_tok,
                 "speculative_model_dir": drafter.weights(),
             }
-        if "speculative_config" in options and self.disable_overlap_scheduler:
+        elif isinstance(drafter, Mtp):
+            options["speculative_config"] = {
+                "decoding_type": "MTP",
+                "max_draft_len": drafter.draft_tok,
+                "num_nextn_predict_layers": drafter.draft_tok,
+            }
+        if "speculative_config" in options and self.disable_overlap_scheduler and not isinstance(drafter, Mtp):
             options["disable_overlap_scheduler"] = True
         return options
 

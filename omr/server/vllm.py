@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from omr.drafter._elsewhere import ModelDrafter
+from omr.drafter.mtp import Mtp
 from omr.drafter.ngram import Ngram
 from omr.drafter.suffix import Suffix
 from omr.errors import ConfigError
@@ -44,7 +45,7 @@ class Vllm(Server):
     """Names of the knobs are vLLM's flags."""
 
     runs_quant: ClassVar[frozenset[str]] = frozenset({"bf16", "fp8", "int8_wo", "int4"})
-    runs_drafter: ClassVar[frozenset[str]] = frozenset({"none", "ngram", "suffix", "draft_model", "eagle3"})
+    runs_drafter: ClassVar[frozenset[str]] = frozenset({"none", "ngram", "suffix", "draft_model", "eagle3", "mtp"})
 
     start_timeout_s: float = 1800.0
     python: str | None = None
@@ -78,6 +79,10 @@ class Vllm(Server):
                 f"server.max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"server.max_num_seqs={self.max_num_seqs}"
             )
+
+    @property
+    def serves_any_family(self) -> bool:
+        return True
 
     def preflight(self, spec: ServeSpec) -> None:
         self.require_choices(spec.quant, spec.drafter.option_name)
@@ -136,6 +141,8 @@ class Vllm(Server):
                     "suffix_decoding_max_spec_factor": drafter.max_spec_factor,
                     "suffix_decoding_min_token_prob": drafter.min_token_prob,
                 }
+            case Mtp():
+                return {"method": "mtp", "num_speculative_tokens": drafter.draft_tok}
             case ModelDrafter():
                 return {
                     "method": drafter.option_name,

@@ -91,7 +91,9 @@ Redrafter(train=how).fit(*map(Path, sys.argv[1:4]), "cpu")
 
 
 @pytest.mark.slow
-def test_killed_training_resumes_to_the_same_bytes(base: Path, text: Path, tmp_path: Path) -> None:
+def test_killed_training_resumes_to_the_same_bytes(
+    base: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     how = replace(SHORT, epochs=12, checkpoint_min=0.0, eval_every=50, patience=99)
     fit(Redrafter(train=how), base, text, tmp_path / "straight")
     out = tmp_path / "killed"
@@ -106,7 +108,11 @@ def test_killed_training_resumes_to_the_same_bytes(base: Path, text: Path, tmp_p
     assert state.exists() and not list(out.iterdir())
     with pytest.raises(InputError, match=r"recipe.train.lr=0.003, now it is 0.002"):
         Redrafter(train=replace(how, lr=2e-3)).fit(base, text, out, "cpu")
+    fit(Redrafter(train=replace(how, lr=2e-3, epochs=1)), base, text, tmp_path / "other")
+    said = capfd.readouterr().err
+    assert f"starts anew; {state} holds step" in said and "train.lr=0.003, now 0.002" in said
     Redrafter(train=how).fit(base, text, out, "cpu")
+    assert "goes on from step" in capfd.readouterr().err
     for name in ("model.safetensors", "curve.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     state.write_bytes(state.read_bytes()[:500])
@@ -132,6 +138,11 @@ def test_two_ranks_train_the_head_of_one(base: Path, text: Path, tmp_path: Path)
     both = Redrafter(train=Train(**how, cache_states=True), num_processes=2)  # type: ignore[arg-type]
     together = fit(both, base, text, tmp_path / "both")
     assert together["redrafter0_loss"] == pytest.approx(alone["redrafter0_loss"], rel=1e-4)
+    written = [(tmp_path / out / "curve.jsonl").read_text().splitlines() for out in ("alone", "both")]
+    for one, two in zip(*(map(json.loads, lines) for lines in written), strict=True):
+        assert two["drafter/loss"] == pytest.approx(one["drafter/loss"], rel=1e-5)
+    ours, theirs = (load_file(tmp_path / out / "model.safetensors") for out in ("alone", "both"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
     assert content(both) == content(replace(both, num_processes=1))
 
 

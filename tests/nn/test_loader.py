@@ -203,6 +203,10 @@ def _index_outside(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
 
 
+def _index_of_numbers(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 1, "b": "c"}}))
+
+
 def _set(name: str, value: torch.Tensor) -> Callable[[Path], None]:
     return lambda folder: edit_tensors(folder, lambda t: t.update({name: value}))
 
@@ -226,12 +230,13 @@ def _declare(**changes: object) -> Callable[[Path], None]:
 DEFECTS: dict[str, tuple[str | None, Callable[[Path], object], str]] = {
     "no config": (None, lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "config is not JSON": (None, lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "no weights": (None, lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-    "pickled weights": (None, _pickled, "pickled weights are not read"),
+    "no weights": (None, lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "pickled weights": (None, _pickled, "pickled weights run code"),
     "truncated": (None, _truncate, "truncated"),
     "not safetensors": (None, _garbage, "truncated or not safetensors"),
-    "a shard is gone": (None, _shard_gone, "model-00001.safetensors is missing"),
+    "a shard is gone": (None, _shard_gone, "model-00001.safetensors is listed in .* but missing"),
     "index leaves the folder": (None, _index_outside, "outside the folder"),
+    "index of numbers": (None, _index_of_numbers, "no weight_map from tensors to files"),
     "missing tensor": (None, _drop("model.norm.weight"), "model.norm.weight is missing"),
     "missing bias": (None, _drop(f"{QUANTISED}.bias"), f"{QUANTISED}.bias is missing"),
     "unexpected tensor": (None, _set("model.layers.2.extra", torch.zeros(1)), "unexpected tensor model.layers.2.extra"),

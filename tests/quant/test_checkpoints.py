@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from omr.artifact import Store, content
-from omr.checkpoint import open_checkpoint
 from omr.errors import ConfigError, InputError
+from omr.nn.checkpoint import open_checkpoint
 from omr.nn.loader import load
 from omr.process import run_verb
 from omr.quant import Quantiser
@@ -203,6 +203,9 @@ def test_no_group_size_at_all_is_refused() -> None:
         (Fp8, {"calib_tokens": 0}, "calib_tokens must be >= 1"),
         (Fp8, {"percentile": 101.0}, r"percentile must be in \[50, 100\]"),
         (Fp8, {"export": Export.modelopt, "granularity": Granularity.channel}, "no static per-channel FP8"),
+        (Int8Wo, {"calib_samples": 8}, "quant=int8_wo reads weights alone.*leave quant.calib_samples at 0, got 8"),
+        (Int4, {"calib_samples": 8}, "quant=int4 reads weights alone"),
+        (Bf16, {"calib_samples": 8}, "quant=bf16 reads weights alone"),
         (Int4, {"group_size": 0}, "multiple of 8"),
         (Int4, {"group_size": 100}, "multiple of 8"),
     ],

@@ -21,6 +21,7 @@ from omr.client import Client
 from omr.drafter import Drafter
 from omr.drafter.draft_model import SmallModel
 from omr.drafter.eagle3 import Eagle3
+from omr.drafter.mtp import Mtp
 from omr.drafter.ngram import Ngram
 from omr.drafter.none import NoDrafter
 from omr.drafter.redrafter import Head, Redrafter
@@ -31,10 +32,11 @@ from omr.process import free_port
 from omr.server import Server, ServeSpec, SpecCounts, _backend
 from omr.server import sglang as sglang_module
 from omr.server import vllm as vllm_module
+from omr.server.native import Native
 from omr.server.nemo import Nemo, ServerType
 from omr.server.openai import Dialect, OpenAi
 from omr.server.sglang import Sglang
-from omr.server.trtllm import Backend, GemmPlugin, Trtllm
+from omr.server.trtllm import _RUNS, Backend, GemmPlugin, Trtllm
 from omr.server.vllm import Vllm
 
 FLAGS = Path(__file__).parent.parent / "data" / "flags"
@@ -81,6 +83,7 @@ DRAFTERS: dict[str, Drafter] = {
     "suffix": Suffix(),
     "draft_model": SmallModel(model="/m/small"),
     "eagle3": Eagle3(model="/m/eagle", draft_tok=5),
+    "mtp": Mtp(draft_tok=2),
     "redrafter": Redrafter(),
 }
 
@@ -154,7 +157,7 @@ def test_the_pipelines_engine_is_built_to_the_letter() -> None:
         assert args[args.index(flag) + 1] == value
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "draft_model", "eagle3"])
+@pytest.mark.parametrize("drafter", sorted(_RUNS["pytorch"]))
 def test_trtllm_pytorch_options(drafter: str) -> None:
     recorded = table("trtllm")
     server = Trtllm(backend=Backend.pytorch)
@@ -171,6 +174,20 @@ def test_trtllm_pytorch_options(drafter: str) -> None:
             fields |= set(recorded["decoding_classes"][name]["fields"])
             name = recorded["decoding_classes"][name]["bases"][0]
         assert set(speculative) <= fields
+
+
+def test_mtp_drafts_with_the_served_checkpoint() -> None:
+    one = spec(drafter=Mtp(draft_tok=2))
+    assert Vllm().speculative_config(one) == {"method": "mtp", "num_speculative_tokens": 2}
+    flags = Sglang().speculation(one)
+    values = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert values["--speculative-algorithm"] == "EAGLE" and values["--speculative-draft-model-path"] == "/m/ckpt"
+    assert (values["--speculative-num-steps"], values["--speculative-num-draft-tokens"]) == ("2", "3")
+    options = Trtllm(backend=Backend.pytorch).llm_options(one)  # one model: nothing that two-model speculation needs
+    chosen = {"decoding_type": "MTP", "max_draft_len": 2, "num_nextn_predict_layers": 2}
+    assert options == {"enable_iter_perf_stats": True, "speculative_config": chosen}
+    with pytest.raises(ConfigError, match="draft_tok"):
+        Mtp(draft_tok=0)
 
 
 @pytest.mark.parametrize("kind", list(ServerType))
@@ -208,6 +225,8 @@ def test_the_check_itself_can_fail() -> None:
         (Trtllm(), {"drafter": Redrafter(head=Head.base)}, "drafter.head=full"),
         (Vllm(), {"drafter": Eagle3()}, "drafter.model"),
         (Sglang(), {"drafter": SmallModel()}, "drafter.model"),
+        (Trtllm(), {"drafter": Mtp()}, "server.backend=pytorch can"),
+        (Native(), {"drafter": Mtp()}, "server=sglang,trtllm,vllm can"),
         (Sglang(), {"drafter": Ngram(min_ngram=2)}, "min_ngram"),
         (Nemo(server_type=ServerType.trtllm), {"quant": "int4"}, "server_type=trtllm cannot run quant=int4"),
         (Nemo(), {"drafter": Ngram()}, "server=nemo cannot run drafter=ngram"),

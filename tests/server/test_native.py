@@ -295,6 +295,16 @@ def test_mistakes_found_while_loading_are_the_users(model_folder: Path, tmp_path
     (broken / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(InputError, match=r"model\.safetensors"), Native().launch(spec(broken), tmp_path):
         pass
+    (broken / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
+    tokenizer = json.loads((model_folder / "tokenizer.json").read_text())
+    names = tokenizer["model"]["vocab"]
+    names |= {f"word {i}": len(names) + i for i in range(1000)}
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with (
+        pytest.raises(InputError, match=r"the tokenizer has 1\d\d\d tokens, the weights have 3\d\d"),
+        Native().launch(spec(broken), tmp_path),
+    ):
+        pass
     with (
         pytest.raises(ConfigError, match=r"model\.context_tokens=4096.*512"),
         Native().launch(spec(model_folder, context_tokens=4096), tmp_path),

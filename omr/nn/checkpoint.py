@@ -74,19 +74,20 @@ class Checkpoint:
                 raise InputError(f"{info.file}: tensor {name} cannot be read ({error}); fetch the file again") from None
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, any_family: bool = False) -> Checkpoint:
     """Read config.json and every safetensors header of `folder`.
 
-    Raises InputError when the folder is not a checkpoint of a supported architecture or has no safetensors, and when a
-    file is truncated, tampered with or missing from the index.
+    Raises InputError when the folder is not a checkpoint of a supported architecture (unless `any_family`) or has no
+    safetensors, and when a file is truncated, tampered with or missing from the index.
     """
     if not folder.is_dir():
         raise InputError(f"model folder {folder} does not exist; set model.path to a Hugging Face folder")
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") or []
-    if not set(architectures) & set(ARCHITECTURES):
+    if not any_family and not set(architectures) & set(ARCHITECTURES):
         raise InputError(
-            f"{folder / 'config.json'} says architectures {architectures}; omr runs {', '.join(ARCHITECTURES)}"
+            f"{folder / 'config.json'} says architectures {architectures}; omr runs {', '.join(ARCHITECTURES)}; others "
+            "go to a server of another program as they are, with quant=bf16 and a drafter that omr does not train"
         )
     tensors: dict[str, TensorInfo] = {}
     for path in weight_files(folder):
@@ -107,8 +108,12 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those of the index, else model.safetensors. Raises InputError."""
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{folder / INDEX} has no weight_map; fetch it again")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
+            raise InputError(f"{folder / INDEX} has no weight_map from tensors to files; fetch it again")
         files = [folder / name for name in sorted(set(weight_map.values()))]
     elif (folder / SINGLE).is_file():
         files = [folder / SINGLE]
