@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from omr.errors import StreamDropped
 
+_decode = json.JSONDecoder().decode  # json.loads looks for UTF-16 first
+
 
 class Chunk(NamedTuple):
     """What one event brought."""
@@ -134,7 +136,7 @@ def _sound(text: str) -> str:
 
 def _event(data: bytes) -> dict[str, Any]:
     try:
-        event = json.loads(data)
+        event = _decode(data.decode())
     except ValueError:
         raise StreamDropped(f"the server sent an event that is no JSON: {data[:80]!r}") from None
     if not isinstance(event, dict):

@@ -17,7 +17,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -212,7 +212,7 @@ class Client:
 
     async def _get(self, path: str) -> str:
         try:
-            async with asyncio.timeout(30.0), self._request("GET", path) as reply:
+            async with asyncio.timeout(30.0), contextlib.aclosing(await self._request("GET", path)) as reply:
                 content = await reply.aread()
         except (httpx.TransportError, TimeoutError) as error:
             raise RequestError(f"GET {path} at {self.endpoint.base_url}: {_reason(error)}") from None
@@ -243,18 +243,11 @@ class Client:
             body["repetition_penalty"] = sampling.repetition_penalty
         return body
 
-    @contextlib.asynccontextmanager
-    async def _request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[WireReply | httpx.Response]:
-        """The reply's head, its body yet to be read. Raises httpx.TransportError."""
-        if isinstance(self._http, httpx.AsyncClient):
-            async with self._http.stream(method, path, content=body) as response:
-                yield response
-            return
-        reply = await self._http.request(method, self._path + path, self._lines, body)
-        try:
-            yield reply
-        finally:
-            await reply.aclose()
+    async def _request(self, method: str, path: str, body: bytes = b"") -> WireReply | httpx.Response:
+        """The reply's head, its body yet to be read; to be closed. Raises httpx.TransportError."""
+        if isinstance(self._http, Wire):
+            return await self._http.request(method, self._path + path, self._lines, body)
+        return await self._http.send(self._http.build_request(method, path, content=body), stream=True)
 
     def _open(self, path: str, body: dict[str, Any], *, chat: bool) -> Stream:
         stream: Stream
@@ -265,7 +258,7 @@ class Client:
             for attempt in range(1, self._attempts + 1):
                 started = False
                 try:
-                    async with self._request("POST", path, data) as reply:
+                    async with contextlib.aclosing(await self._request("POST", path, data)) as reply:
                         if reply.status_code != 200:
                             raise _refusal(reply.status_code, await reply.aread())
                         parts = reply if isinstance(reply, WireReply) else reply.aiter_bytes()

@@ -22,6 +22,8 @@ from typing import Any
 from omr.benchmark import Problem
 from omr.errors import Failure, InputError
 
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
 SAMPLES, TRANSCRIPTS, LOCK = "samples.jsonl", "transcript.jsonl", "lock"
 
 
@@ -116,4 +118,4 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def jsonl_line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+    return _encode(row).encode("utf-8", "replace") + b"\n"

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import lru_cache
+from typing import cast
 
 import httpx
 
@@ -150,7 +152,6 @@ class _Connection(asyncio.Protocol):
     def release(self) -> None:
         """The reply is done with: keep the connection if nothing of it is left on the way."""
         if self._ended and self._reusable and self.usable and not self._raw:
-            self._stop_clock()
             self._wire._idle.append(self)
         else:
             self.abort()
@@ -172,8 +173,7 @@ class _Connection(asyncio.Protocol):
     # what the event loop says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         self._wire._open.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -199,9 +199,11 @@ class _Connection(asyncio.Protocol):
         self._fail(httpx.ReadError(str(error or "the connection was lost")))
 
     def _look_at_the_clock(self) -> None:
-        """One timer a connection, not one a read."""
+        """One timer a connection, not one a read or a request."""
         due = self._heard + self._wire._timeout_s
-        if self._loop.time() < due or self._paused:
+        if self._ended:
+            self._timer = None
+        elif self._loop.time() < due or self._paused:
             due = max(due, self._loop.time() + 0.001)
             self._timer = self._loop.call_at(due, self._look_at_the_clock)
         else:
@@ -251,23 +253,10 @@ class _Connection(asyncio.Protocol):
             if len(self._raw) > _MAX_HEAD_BYTES:
                 raise ValueError(f"a head of more than {_MAX_HEAD_BYTES} bytes")
             return False
-        first, *lines = head.split(b"\r\n")
-        version, _, status = first.partition(b" ")
-        if not version.startswith(b"HTTP/1."):
-            raise ValueError(f"{first[:40]!r}")
+        code, self._reusable, self._chunked, self._left = _parse_head(head)
         self._raw = rest
-        code = int(status[:3])
         if 100 <= code < 200:  # an interim reply: the one that counts follows
             return self._read_head()
-        headers = {}
-        for line in lines:
-            name, _, value = line.partition(b":")
-            headers[name.strip().lower()] = value.strip().lower()
-        connection = headers.get(b"connection", b"")
-        self._reusable = connection != b"close" and (version == b"HTTP/1.1" or connection == b"keep-alive")
-        self._chunked = headers.get(b"transfer-encoding") == b"chunked"
-        length = headers.get(b"content-length")
-        self._left = 0 if self._chunked else int(length) if length is not None else None
         self._ended = code in (204, 304) or (not self._chunked and self._left == 0)
         self.status = code
         return True
@@ -289,3 +278,24 @@ class _Connection(asyncio.Protocol):
         self._in_trailer = self._left == 0
         self._raw = rest
         return True
+
+
+@lru_cache(maxsize=16)
+def _parse_head(head: bytes) -> tuple[int, bool, bool, int | None]:
+    """(status, whether the connection can be used again, whether the body is chunked, its length if known).
+
+    Remembered, as a server's heads differ in little but their date. Raises ValueError.
+    """
+    first, *lines = head.split(b"\r\n")
+    version, _, status = first.partition(b" ")
+    if not version.startswith(b"HTTP/1."):
+        raise ValueError(f"{first[:40]!r}")
+    headers = {}
+    for line in lines:
+        name, _, value = line.partition(b":")
+        headers[name.strip().lower()] = value.strip().lower()
+    connection = headers.get(b"connection", b"")
+    reusable = connection != b"close" and (version == b"HTTP/1.1" or connection == b"keep-alive")
+    chunked = headers.get(b"transfer-encoding") == b"chunked"
+    length = headers.get(b"content-length")
+    return int(status[:3]), reusable, chunked, 0 if chunked else int(length) if length is not None else None

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import lru_cache
 from typing import Any
 
 from tqdm import tqdm
@@ -181,7 +182,7 @@ class Solving:
                 tags=tags_named(cfg.model.code_tags) if self._tools else None,
                 policy=self._policy,
                 bank=TimeBank(budget_s=job.time_budget_s, buffer_s=job.time_buffer_s, deadline_at=deadline_at),
-                count_tokens=self._count,
+                count_tokens=lru_cache(maxsize=1024)(self._count),  # of outputs, which repeat
                 max_concurrent=job.max_concurrent_generations,
                 keep=self._keep,
                 watch=self._watch,
@@ -230,16 +231,23 @@ class Solving:
         self._samples.append(row, transcript.events)
         self._rows[problem_id].append(row)
         self._bar.update()
-        if problem.expected_answer is not None:
-            grading = asyncio.get_running_loop().create_task(self._grade(transcript.answer, problem.expected_answer))
-            self._grading.add(grading)
-            grading.add_done_callback(self._grading.discard)
+        if problem.expected_answer is None:
+            return
+        settled = settle(row["predicted_answer"], problem.expected_answer)
+        if settled is not None:
+            self._show(settled)
+            return
+        grading = asyncio.get_running_loop().create_task(self._grade(row["predicted_answer"], problem.expected_answer))
+        self._grading.add(grading)
+        grading.add_done_callback(self._grading.discard)
 
     async def _grade(self, answer: str | None, expected: str) -> None:
         """For the progress bar; the verdict is remembered by the grader and asked for again at the end."""
-        verdict = await self._grader.grade(answer, expected)
+        self._show((await self._grader.grade(answer, expected)).equal)
+
+    def _show(self, right: bool) -> None:
         self._graded += 1
-        self._right += verdict.equal
+        self._right += right
         self._bar.set_postfix_str(f"right {100 * self._right / self._graded:.1f} %", refresh=False)
 
     def records(self) -> list[Record]:

@@ -32,7 +32,7 @@ class Session(Protocol):
     async def execute(self, code: str, timeout_s: float | None = None) -> Outcome: ...
 
     async def close(self) -> None:
-        """Kill the session's processes. Idempotent."""
+        """Kill the session's processes, even if it is itself cancelled. Idempotent."""
         ...
 
 

@@ -28,6 +28,7 @@ from omr.sandbox import _watcher
 sys.path.remove({home!r})
 _watcher.main({fd})
 """
+_REQUESTS: dict[Cage, bytes] = {kind: _frames.pack({"kind": kind}) for kind in ("python", "shell")}
 _START_TIMEOUT_S = 30.0
 _OPEN_TIMEOUT_S = 120.0
 _MAX_OPENING = 32
@@ -91,6 +92,19 @@ class _Zygote:
             raise self.failure(f"did not start ({error})") from None
         raise self.failure("died at its start")
 
+    def request(self, kind: Cage) -> socket.socket:
+        """Ask for a session; the answer comes to this socket. Raises OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            ours.setblocking(False)
+            socket.send_fds(self.socket, [_REQUESTS[kind]], [theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return ours
+
     def failure(self, what: str) -> ChildError:
         """A ChildError with the last lines of the log."""
         if self._log is None:
@@ -140,6 +154,7 @@ class LocalClient:
         self.restarts = 0
         self._restart_lock = threading.Lock()
         self._processes: set[Process] = set()
+        self._ahead: list[socket.socket] = []
         self._opening = 0
         self._closed = False
 
@@ -187,14 +202,20 @@ class LocalClient:
             raise
 
     async def _ask(self, zygote: _Zygote, kind: Cage) -> Process:
-        """The zygote's answer to a request. Raises EOFError, OSError, ResourceError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with ours:
-            ours.setblocking(False)
-            with theirs:
-                socket.send_fds(zygote.socket, [_frames.pack({"kind": kind})], [theirs.fileno()])
-            await readable(ours.fileno())
-            data, fds, _, _ = socket.recv_fds(ours, 4096, 4)
+        """The zygote's answer to a request. Raises EOFError, OSError, ResourceError.
+
+        With spare sessions one is always asked for ahead: its answer is here when it is wanted.
+        """
+        ahead = kind == "python" and self._settings["spares"]
+        with self._ahead.pop() if ahead and self._ahead else zygote.request(kind) as answer:
+            if ahead and not self._ahead:
+                self._ahead.append(zygote.request(kind))
+            while True:
+                try:
+                    data, fds, _, _ = socket.recv_fds(answer, 4096, 4)
+                    break
+                except BlockingIOError:
+                    await readable(answer.fileno())
         if not data:
             raise EOFError
         (message,) = _frames.Splitter(_frames.FROM_SESSION).feed(data)
@@ -212,6 +233,7 @@ class LocalClient:
             if self._zygote is not dead:
                 return
             dead.end()
+            self._forget_ahead()
             self.restarts += 1
             if self.restarts > _MAX_RESTARTS:
                 raise dead.failure(f"died {self.restarts} times")
@@ -231,7 +253,12 @@ class LocalClient:
         self._closed = True
         for process in list(self._processes):
             self.discard(process)
+        self._forget_ahead()
         self._zygote.end()
+
+    def _forget_ahead(self) -> None:
+        while self._ahead:
+            self._ahead.pop().close()
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ CUT = "<output cut>"
 GRACE_S = 0.5
 """Between the interrupt at a block's time limit and SIGKILL."""
 _CHUNK = 65536
-_PAUSE_S = 0.002
+_FIRST_PAUSE_S, _PAUSE_S = 0.02, 0.002
+"""Before output is read for the first time, and between two reads."""
 _SPILL = 64 << 20
 """Bytes of output read from one block; a block that writes more waits for its time limit."""
 _SLACK = 8192
@@ -50,12 +51,17 @@ class Drain:
         self._parts: list[bytes] = []
         self._kept = self._total = self._keep = self._allowed = 0
         self._ended = False  # every writer closed its end
+        self._watched = False
 
     def start(self, loop: asyncio.AbstractEventLoop, keep: int) -> None:
         self._loop, self._keep = loop, keep
         self._parts, self._kept, self._total, self._allowed = [], 0, 0, _SPILL
-        # Most blocks are over sooner, and what they wrote is in the pipe: `stop` reads it.
-        self._timer = loop.call_later(_PAUSE_S, loop.add_reader, self.fd, self._on_readable)
+
+    def watch(self) -> None:
+        """Read as it comes, from now on."""
+        assert self._loop is not None
+        self._watched = True
+        self._loop.add_reader(self.fd, self._on_readable)
 
     def _on_readable(self) -> None:
         """Read once, then rest a moment: a printing loop must not wake the owner for every line."""
@@ -82,18 +88,18 @@ class Drain:
 
     def unblock(self) -> None:
         """Go on reading, whatever the amount: the block was told to stop and may be stuck in a write."""
-        assert self._loop is not None
         if self._total >= self._allowed:
             self._allowed = self._total + _SPILL
-            self._loop.add_reader(self.fd, self._on_readable)
+            self.watch()
 
     def stop(self) -> Output:
         """What the block wrote, up to the limit: the pipe is read until it is empty."""
         if self._loop is not None:
-            self._loop.remove_reader(self.fd)
+            if self._watched:
+                self._loop.remove_reader(self.fd)
             if self._timer is not None:
                 self._timer.cancel()
-            self._loop = self._timer = None
+            self._loop, self._timer, self._watched = None, None, False
             for _ in range(64):  # a thread left behind may keep writing
                 if not self._read():
                     break
@@ -195,13 +201,19 @@ class LocalSession:
             self._process = None
 
     async def close(self) -> None:
-        """Kill the session's process and wait until it is gone; a block that runs ends as a crash does. Idempotent."""
+        """Kill the session's process; a block that runs ends as a crash does. Idempotent.
+
+        A process that leaves scratch to remove is waited for; of another nothing runs after SIGKILL.
+        """
         self._closed = True
         if self._process is not None:
-            self._process.kill()
+            if self._lock.locked():
+                self._process.kill()
             async with self._lock:  # whoever runs a block owns the process, and lets go of it first
-                if self._process is not None:
-                    await self._process.end()
+                try:
+                    if self._process is not None and self._process.scratch:
+                        await self._process.end()
+                finally:
                     self._abandon()
 
 
@@ -224,6 +236,7 @@ class Process:
         self._memory_bytes = memory_bytes
         """What the process and its descendants may hold together; None where they are one process with a limit."""
         self._open = True
+        self._rests = False
 
     async def await_ready(self) -> None:
         """Until the process is confined and waits for code. Raises ResourceError naming the failed step; EOFError."""
@@ -238,18 +251,26 @@ class Process:
         loop = asyncio.get_running_loop()
         self._stdout.start(loop, keep)
         self._stderr.start(loop, keep)
+        # Most blocks are over sooner, and what they wrote is in the pipes: `stop` reads it.
+        timer = loop.call_later(_FIRST_PAUSE_S, self._watch)
         guard = None
         try:
             if self._memory_bytes is not None:
                 guard = loop.create_task(guard_memory(self._pidfd, self._memory_bytes))
-            self._signal(signal.SIGCONT)
+            if self._rests:
+                self._signal(signal.SIGCONT)
             status = await self._answer(message, timeout_s, soft)
-            self._signal(signal.SIGSTOP)  # threads left behind rest until the next block
+            self._rests = self._signal(signal.SIGSTOP)  # threads left behind, until the next block
         finally:
+            timer.cancel()
             if guard is not None:
                 guard.cancel()
             stdout, stderr = self._stdout.stop(), self._stderr.stop()
         return status, stdout, stderr
+
+    def _watch(self) -> None:
+        self._stdout.watch()
+        self._stderr.watch()
 
     async def _answer(self, message: dict[str, Any], timeout_s: float, soft: bool) -> str:
         loop = asyncio.get_running_loop()

@@ -173,11 +173,12 @@ class HttpSession:
             raise ResourceError(f"no sandbox at {self._client.base} ({error})") from None
 
     async def close(self) -> None:
-        """Delete the session at the service, if it can still be reached. Idempotent."""
-        http, began = self._http, self._begun
-        self._begun = False
-        if http is None:
-            return
+        """Delete the session at the service, if it can still be reached, and even if cancelled. Idempotent."""
+        if self._http is not None:
+            await asyncio.shield(self._end(self._http))
+
+    async def _end(self, http: httpx.AsyncClient) -> None:
+        began, self._begun = self._begun, False
         try:
             if began:
                 await self._delete()

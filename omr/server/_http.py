@@ -186,6 +186,8 @@ async def serve(spec: NativeSpec, sock: socket.socket) -> int:
             service.app(),
             log_level="warning",
             access_log=False,
+            date_header=False,
+            server_header=False,
             lifespan="off",
             ws="none",
             timeout_keep_alive=KEEP_ALIVE_S,

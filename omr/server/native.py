@@ -113,7 +113,9 @@ class Native(Server):
         )
 
     def request_body(self, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
-        return body | {"stream_options": {**body.get("stream_options", {}), "interval_s": self.stream_interval_s}}
+        # Every event says what was used so far, the last one all of it: no event for that alone.
+        options = {**body.get("stream_options", {}), "include_usage": False, "interval_s": self.stream_interval_s}
+        return body | {"stream_options": options}
 
     def spec_counts(self, metrics_text: str) -> SpecCounts | None:
         return _prometheus.spec_counts(metrics_text, "omr:spec_decode_num_")

@@ -122,7 +122,7 @@ class Transcript:
             self.seconds, self.ended = self._now(), time.time()
             if self._session is not None:
                 session, self._session = self._session, None
-                await asyncio.shield(_close(session))
+                await _close(session)
 
     def _now(self) -> float:
         return time.perf_counter() - self._clock
