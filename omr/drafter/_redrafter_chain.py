@@ -8,7 +8,10 @@ context alone is computed once per draft:
     term  (V, H)   W emb(y) + b            state at step 1:  silu(term[y]), since s_0 = 0
     head start     F_c c + f               per draft, added to F_s s at every step
 
-The numbers differ from `draft_chain` by rounding only. Nothing here depends on batch mates.
+The numbers differ from `draft_chain` by rounding only, and no draft depends on batch mates. How many there are may: a
+draft goes on while it is likely to hold as a whole. With q_k the drafter's own probability of its k-th token, the batch
+stops after token k when the mean over its sequences of q_1 ... q_k is below `stop_below`: what came after would seldom
+be reached, and it costs a draft and a row of verification for every sequence.
 """
 
 from __future__ import annotations
@@ -35,15 +38,22 @@ TABLE_ELEMENTS = 2**25
 
 
 def draft_model(
-    head: Redrafter, embedding: Tensor, num_draft_tok: int, *, num_beams: int = 1, in_eight_bit: bool = False
+    head: Redrafter,
+    embedding: Tensor,
+    num_draft_tok: int,
+    *,
+    num_beams: int = 1,
+    in_eight_bit: bool = False,
+    stop_below: float = 0.0,
 ) -> Chain | TabulatedChain:
     """The fastest proposer for this head on its device; with several beams a TreeDraftModel.
 
     `in_eight_bit` runs blocks and output matrix in 8 bits (omr.nn.eight_bit). `head` may be changed by this.
+    `stop_below` ends drafts that are unlikely to hold, where the proposer can (TabulatedChain).
     """
     tabulated = embedding.device.type == "cpu" and embedding.numel() <= TABLE_ELEMENTS
     if num_beams == 1 and tabulated:
-        return TabulatedChain(head, embedding, num_draft_tok, in_eight_bit=in_eight_bit)
+        return TabulatedChain(head, embedding, num_draft_tok, in_eight_bit=in_eight_bit, stop_below=stop_below)
     if in_eight_bit:
         head.repack(eight_bit)
     elif embedding.device.type == "cpu":
@@ -109,8 +119,16 @@ class TabulatedChain:
     adaptive = False
     sampled = False
 
-    def __init__(self, head: Redrafter, embedding: Tensor, num_draft_tok: int, *, in_eight_bit: bool = False) -> None:
-        self.num_draft_tok = num_draft_tok
+    def __init__(
+        self,
+        head: Redrafter,
+        embedding: Tensor,
+        num_draft_tok: int,
+        *,
+        in_eight_bit: bool = False,
+        stop_below: float = 0.0,
+    ) -> None:
+        self.num_draft_tok, self.stop_below = num_draft_tok, stop_below
         self.hidden_size = h = head.config.hidden_size
         self.eight = in_eight_bit
         with torch.inference_mode():
@@ -146,18 +164,19 @@ class TabulatedChain:
         return dense_add(lay_out(weight.detach().contiguous()), packed=True)
 
     def propose(self, hidden: Tensor | None, tokens: Tensor, history: History) -> Tensor:
-        """See DraftModel."""
+        """See DraftModel. Fewer than `num_draft_tok` columns where the draft was stopped, one at least."""
         return self.propose_sampled(hidden, tokens, history, None)
 
     @torch.inference_mode()
     def propose_sampled(self, hidden: Tensor | None, tokens: Tensor, history: History, choose: Choose | None) -> Tensor:
-        """See SampledDraftModel."""
+        """See SampledDraftModel; never stopped early."""
         assert hidden is not None, "ReDrafter reads the target's hidden state"
-        h = self.hidden_size
+        h, last = self.hidden_size, self.num_draft_tok - 1
         start = None if self.context_part is None else self.context_part(hidden)
         x = torch.cat([hidden, hidden], dim=1)  # [c ; s]
         state = x[:, h:]  # a view: every step writes s into x
         newest, drafts = tokens, []
+        holds = [1.0] * len(tokens)
         for k in range(self.num_draft_tok):
             if k == 0:
                 state.copy_(self.first_state.index_select(0, newest))
@@ -174,8 +193,19 @@ class TabulatedChain:
                 y = silu_(block(y)).add_(y)
             for product in self.out:
                 y = product(y)
-            newest = choose(k, y) if choose is not None else y.argmax(-1)
-            if choose is None and self.draft_tokens is not None:
-                newest = self.draft_tokens.index_select(0, newest)
+            if choose is not None:
+                newest = choose(k, y)
+            elif self.stop_below == 0 or k == last:
+                newest = self._tokens(y.argmax(-1))
+            else:
+                chances, best = y.softmax(-1).max(-1)
+                newest = self._tokens(best)
+                holds = [held * chance for held, chance in zip(holds, chances.tolist(), strict=True)]
             drafts.append(newest)
+            if sum(holds) < self.stop_below * len(holds):
+                break
         return torch.stack(drafts, dim=1)
+
+    def _tokens(self, rows: Tensor) -> Tensor:
+        """Token ids of rows of the draft logits."""
+        return rows if self.draft_tokens is None else self.draft_tokens.index_select(0, rows)

@@ -41,11 +41,27 @@ class KVCache:
         self.layers = list(self.data)
         """One (slots, 2 * Hkv * D) view per layer."""
         self.first_key = self.num_heads * self.head_dim
+        self.triangles: dict[int, torch.Tensor] = {}
         self.blocks = [layer.view(num_blocks, block_size * self.width) for layer in self.layers]
 
     def store(self, layer: int, slots: torch.Tensor, qkv: torch.Tensor) -> None:
         """Write the keys and values of qkv (T, (Hq + 2 Hkv) * D) to slots (T,) int64."""
         self.layers[layer].index_copy_(0, slots, qkv[:, self.first_key :])
+
+    def triangle(self, new: int, total: int) -> torch.Tensor:
+        """What each of the last `new` of `total` tokens sees, (1, 1, G * new, total): 0 or -inf to add to the scores.
+
+        A view of the right end of a mask kept for longer sequences: a decode step builds nothing.
+        """
+        kept = self.triangles.get(new)
+        if kept is None or kept.shape[-1] < total:
+            size = 1 << total.bit_length()
+            steps = torch.arange(size, device=self.data.device)
+            hidden = steps > steps[size - new :, None]
+            mask = torch.zeros(hidden.shape, dtype=self.data.dtype, device=hidden.device)
+            mask.masked_fill_(hidden, float("-inf"))
+            kept = self.triangles[new] = mask.repeat(self.num_heads // self.num_kv_heads, 1)[None, None]
+        return kept[..., kept.shape[-1] - total :]
 
     @property
     def cache_bytes(self) -> int:
@@ -112,7 +128,9 @@ class Padded:
         self.total = longest + 1
         self.blocks = tables.flatten()
         self.mask = None
-        if self.batch * self.new > 1:
+        if self.batch == 1 and self.new > 1:
+            self.mask = cache.triangle(self.new, self.total)
+        elif self.batch > 1:
             steps = torch.arange(self.total, device=positions.device)
             hidden = steps > positions[:, None, :, None]  # (B, 1, Q, L)
             mask = torch.zeros(hidden.shape, dtype=cache.data.dtype, device=positions.device)

@@ -45,6 +45,38 @@ def test_tabulated_chain_is_the_chain(which: int) -> None:
     assert torch.equal(drafts, alone)
 
 
+@pytest.mark.parametrize("which", [0, 3, 7])
+def test_a_draft_ends_where_it_is_unlikely_to_hold(which: int) -> None:
+    """One sequence: after the first token at which the product of the drafter's own probabilities is below the bound.
+    A batch: where the mean over its sequences is."""
+    head, golden = heads()[which], load_file(DATA / "beam_rnn2.safetensors")
+    embedding, hidden, tokens = golden["embeddings"], torch.randn(64, 32), torch.randint(128, (64,))
+    whole, logits = TabulatedChain(head, embedding, 5), []
+    drafts = whole.propose_sampled(hidden, tokens, None, lambda k, y: logits.append(y) or chosen(head, y))
+    holds = torch.stack(logits, 1).softmax(-1).amax(-1).cumprod(1)  # (64, 5)
+    bound = float(holds[:, 2].median()) * 1.001
+    stopped = TabulatedChain(head, embedding, 5, stop_below=bound)
+
+    def length(chances: torch.Tensor) -> int:
+        below = (chances < bound).nonzero()
+        return min(int(below[0]) + 1, 5) if len(below) else 5
+
+    seen = set()
+    for i in range(64):
+        alone = stopped.propose(hidden[i : i + 1], tokens[i : i + 1], None)
+        seen.add(alone.shape[1])
+        assert torch.equal(alone, drafts[i : i + 1, : length(holds[i])])
+    assert len(seen) > 1, "the bound was meant to cut some drafts and not others"
+    assert torch.equal(stopped.propose(hidden, tokens, None), drafts[:, : length(holds.mean(0))])
+    assert torch.equal(whole.propose(hidden, tokens, None), drafts)
+    assert TabulatedChain(head, embedding, 5, stop_below=1.0).propose(hidden, tokens, None).shape == (64, 1)
+
+
+def chosen(head: Redrafter, logits: torch.Tensor) -> torch.Tensor:
+    rows = logits.argmax(-1)
+    return rows if head.draft_tokens is None else head.draft_tokens[rows]
+
+
 @pytest.mark.parametrize("which", range(4 + len(SHAPES)))
 def test_eight_bit_chains_draft_nearly_the_same(which: int) -> None:
     head, golden = heads()[which], load_file(DATA / "beam_rnn2.safetensors")
