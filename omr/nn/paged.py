@@ -135,10 +135,7 @@ class Padded:
             hidden = steps > positions[:, None, :, None]  # (B, 1, Q, L)
             mask = torch.zeros(hidden.shape, dtype=cache.data.dtype, device=positions.device)
             mask.masked_fill_(hidden, float("-inf"))
-            if self.new > 1:
-                group = cache.num_heads // cache.num_kv_heads
-                mask = mask.unsqueeze(2).expand(-1, -1, group, -1, -1).reshape(self.batch, 1, -1, self.total)
-            self.mask = mask
+            self.mask = mask if self.new == 1 else stacked(mask, cache.num_heads // cache.num_kv_heads)
 
     def attend(self, layer: int, qkv: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """qkv (B * Q, (Hq + 2 Hkv) * D), rotated and stored -> (B * Q, Hq * D); in E4M3 over `scale` if given."""
@@ -146,15 +143,30 @@ class Padded:
         return out if scale is None else to_e4m3(out, scale)
 
     def _attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        cache, batch, new = self.cache, self.batch, self.new
-        dim, num_kv = cache.head_dim, cache.num_kv_heads
-        width = cache.num_heads * dim
-        seen = cache.blocks[layer].index_select(0, self.blocks).view(batch, -1, 2, num_kv, dim)[:, : self.total]
-        k, v = seen.permute(2, 0, 3, 1, 4)  # (B, Hkv, L, D) each
-        q = qkv[:, :width]
-        if new == 1:
-            out = F.scaled_dot_product_attention(q.view(batch, num_kv, -1, dim), k, v, attn_mask=self.mask)
-            return out.reshape(batch, width)
-        q = q.view(batch, new, num_kv, -1, dim).permute(0, 2, 3, 1, 4).reshape(batch, num_kv, -1, dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-        return out.view(batch, num_kv, -1, new, dim).permute(0, 3, 1, 2, 4).reshape(batch * new, width)
+        cache, batch = self.cache, self.batch
+        seen = cache.blocks[layer].index_select(0, self.blocks).view(batch, -1, cache.width)[:, : self.total]
+        return attend(qkv, seen, self.mask, cache)
+
+
+def stacked(mask: torch.Tensor, group: int) -> torch.Tensor:
+    """(B, 1, Q, L) -> (B, 1, G * Q, L): the mask for query heads that share a key head, one below the other."""
+    return mask if group == 1 else mask.repeat(1, 1, group, 1)
+
+
+def attend(qkv: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+    """Queries of qkv (B * Q, (Hq + 2 Hkv) * D) over keys and values `seen` (B, L, 2 * Hkv * D) -> (B * Q, Hq * D).
+
+    `mask` (B, 1, G * Q, L) is added to the scores.
+    """
+    rows, batch, dim, num_kv = qkv.shape[0], seen.shape[0], cache.head_dim, cache.num_kv_heads
+    width = cache.num_heads * dim
+    k, v = seen.view(batch, -1, 2, num_kv, dim).permute(2, 0, 3, 1, 4)  # (B, Hkv, L, D) each
+    q = qkv[:, :width]
+    if rows == batch:
+        return F.scaled_dot_product_attention(q.view(rows, num_kv, -1, dim), k, v, attn_mask=mask).reshape(rows, width)
+    if cache.num_heads == num_kv:
+        q = q.view(batch, -1, num_kv, dim).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(rows, width)
+    q = q.view(batch, rows // batch, num_kv, -1, dim).permute(0, 2, 3, 1, 4).reshape(batch, num_kv, -1, dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.view(batch, num_kv, -1, rows // batch, dim).permute(0, 3, 1, 2, 4).reshape(rows, width)
