@@ -8,7 +8,10 @@ context alone is computed once per draft:
     term  (V, H)   W emb(y) + b            state at step 1:  silu(term[y]), since s_0 = 0
     head start     F_c c + f               per draft, added to F_s s at every step
 
-The numbers differ from `draft_chain` by rounding only. Nothing here depends on batch mates.
+The numbers differ from `draft_chain` by rounding only, and no draft depends on batch mates. How many there are may: a
+draft goes on while it is likely to hold as a whole. With q_k the drafter's own probability of its k-th token, the batch
+stops after token k when the mean over its sequences of q_1 ... q_k is below `stop_below`: what came after would seldom
+be reached, and it costs a draft and a row of verification for every sequence.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omr.nn.draft_tree import Tree, beam_search, pack
+from omr.nn.draft_tree import Tree, beam_search, pack, search
 from omr.nn.eight_bit import eight_bit
 from omr.nn.linear import lay_out
 from omr.nn.packed import dense_add, dense_product
@@ -35,15 +38,24 @@ TABLE_ELEMENTS = 2**25
 
 
 def draft_model(
-    head: Redrafter, embedding: Tensor, num_draft_tok: int, *, num_beams: int = 1, in_eight_bit: bool = False
+    head: Redrafter,
+    embedding: Tensor,
+    num_draft_tok: int,
+    *,
+    num_beams: int = 1,
+    in_eight_bit: bool = False,
+    stop_below: float = 0.0,
 ) -> Chain | TabulatedChain:
     """The fastest proposer for this head on its device; with several beams a TreeDraftModel.
 
     `in_eight_bit` runs blocks and output matrix in 8 bits (omr.nn.eight_bit). `head` may be changed by this.
+    `stop_below` ends drafts that are unlikely to hold, where the proposer can (TabulatedChain).
     """
-    tabulated = embedding.device.type == "cpu" and embedding.numel() <= TABLE_ELEMENTS
-    if num_beams == 1 and tabulated:
-        return TabulatedChain(head, embedding, num_draft_tok, in_eight_bit=in_eight_bit)
+    if embedding.device.type == "cpu" and embedding.numel() <= TABLE_ELEMENTS:
+        tables = Tables(head, embedding, in_eight_bit=in_eight_bit)
+        if num_beams == 1:
+            return TabulatedChain(tables, num_draft_tok, stop_below)
+        return TabulatedTree(tables, num_draft_tok, num_beams)
     if in_eight_bit:
         head.repack(eight_bit)
     elif embedding.device.type == "cpu":
@@ -95,22 +107,21 @@ class BeamTree(Chain):
 
     @torch.inference_mode()
     def propose_tree(self, hidden: Tensor, tokens: Tensor) -> Tree:
-        """See TreeDraftModel. On CPU the trees are as wide as the largest of the batch, on CUDA always of one shape."""
+        """See TreeDraftModel."""
         length = 1 + self.num_draft_tok
-        beams = beam_search(self.head, hidden, tokens, self.embedding, self.num_beams, length).tokens
-        tree = pack(beams, 1 + self.num_beams * self.num_draft_tok)
-        return tree.cut(int(tree.sizes.max())) if hidden.device.type == "cpu" else tree
+        return tree_of(beam_search(self.head, hidden, tokens, self.embedding, self.num_beams, length).tokens)
 
 
-class TabulatedChain:
-    """The same chain with few calls per draft."""
+def tree_of(beams: Tensor) -> Tree:
+    """The beams (B, W, L) as trees: on CPU as wide as the largest of the batch, on CUDA always of one shape."""
+    tree = pack(beams, 1 + beams.shape[1] * (beams.shape[2] - 1))
+    return tree.cut(int(tree.sizes.max())) if beams.device.type == "cpu" else tree
 
-    needs_hidden = True
-    adaptive = False
-    sampled = False
 
-    def __init__(self, head: Redrafter, embedding: Tensor, num_draft_tok: int, *, in_eight_bit: bool = False) -> None:
-        self.num_draft_tok = num_draft_tok
+class Tables:
+    """The products of a head, with all that can be tabulated tabulated (see the module text)."""
+
+    def __init__(self, head: Redrafter, embedding: Tensor, *, in_eight_bit: bool) -> None:
         self.hidden_size = h = head.config.hidden_size
         self.eight = in_eight_bit
         with torch.inference_mode():
@@ -145,37 +156,97 @@ class TabulatedChain:
             return lambda y, x: run(x).add_(y)
         return dense_add(lay_out(weight.detach().contiguous()), packed=True)
 
+    def start(self, context: Tensor) -> Tensor | None:
+        """F_c c + f for contexts (R, H); None without a linear layer."""
+        return None if self.context_part is None else self.context_part(context)
+
+    def advance(self, x: Tensor, start: Tensor | None, newest: Tensor, *, first: bool) -> Tensor:
+        """Bring the state half of x = [c ; s] (R, 2H) to the tokens `newest` (R,) int64: their draft logits (R, D)."""
+        state = x[:, self.hidden_size :]
+        if first:
+            state.copy_(self.first_state.index_select(0, newest))
+        elif self.recurrent is None:
+            state.add_(self.term.index_select(0, newest))
+        else:
+            silu_out(self.recurrent(self.term.index_select(0, newest), state), out=state)
+        y = x
+        if start is not None:
+            y = self.state_part(start, state)
+            if not self.projects:
+                y = silu_(y).add_(x)
+        for block in self.blocks:
+            y = silu_(block(y)).add_(y)
+        for product in self.out:
+            y = product(y)
+        return y
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Token ids of rows of the draft logits."""
+        return rows if self.draft_tokens is None else self.draft_tokens.index_select(0, rows)
+
+
+class TabulatedChain:
+    """The same chain with few calls per draft."""
+
+    needs_hidden = True
+    adaptive = False
+    sampled = False
+
+    def __init__(self, tables: Tables, num_draft_tok: int, stop_below: float = 0.0) -> None:
+        self.tables, self.num_draft_tok, self.stop_below = tables, num_draft_tok, stop_below
+        self.draft_tokens = tables.draft_tokens
+
     def propose(self, hidden: Tensor | None, tokens: Tensor, history: History) -> Tensor:
-        """See DraftModel."""
+        """See DraftModel. Fewer than `num_draft_tok` columns where the draft was stopped, one at least."""
         return self.propose_sampled(hidden, tokens, history, None)
 
     @torch.inference_mode()
     def propose_sampled(self, hidden: Tensor | None, tokens: Tensor, history: History, choose: Choose | None) -> Tensor:
-        """See SampledDraftModel."""
+        """See SampledDraftModel; never stopped early."""
         assert hidden is not None, "ReDrafter reads the target's hidden state"
-        h = self.hidden_size
-        start = None if self.context_part is None else self.context_part(hidden)
-        x = torch.cat([hidden, hidden], dim=1)  # [c ; s]
-        state = x[:, h:]  # a view: every step writes s into x
+        tables, last = self.tables, self.num_draft_tok - 1
+        start = tables.start(hidden)
+        x = torch.cat([hidden, hidden], dim=1)  # [c ; s]: every step writes s into it
         newest, drafts = tokens, []
+        holds = [1.0] * len(tokens)
         for k in range(self.num_draft_tok):
-            if k == 0:
-                state.copy_(self.first_state.index_select(0, newest))
-            elif self.recurrent is None:
-                state.add_(self.term.index_select(0, newest))
+            y = tables.advance(x, start, newest, first=k == 0)
+            if choose is not None:
+                newest = choose(k, y)
+            elif self.stop_below == 0 or k == last:
+                newest = tables.tokens(y.argmax(-1))
             else:
-                silu_out(self.recurrent(self.term.index_select(0, newest), state), out=state)
-            y = x
-            if start is not None:
-                y = self.state_part(start, state)
-                if not self.projects:
-                    y = silu_(y).add_(x)
-            for block in self.blocks:
-                y = silu_(block(y)).add_(y)
-            for product in self.out:
-                y = product(y)
-            newest = choose(k, y) if choose is not None else y.argmax(-1)
-            if choose is None and self.draft_tokens is not None:
-                newest = self.draft_tokens.index_select(0, newest)
+                chances, best = y.softmax(-1).max(-1)
+                newest = tables.tokens(best)
+                holds = [held * chance for held, chance in zip(holds, chances.tolist(), strict=True)]
             drafts.append(newest)
+            if sum(holds) < self.stop_below * len(holds):
+                break
         return torch.stack(drafts, dim=1)
+
+
+class TabulatedTree(TabulatedChain):
+    """The tree of BeamTree with few calls per draft. Its `propose` gives the chain."""
+
+    def __init__(self, tables: Tables, num_draft_tok: int, num_beams: int) -> None:
+        super().__init__(tables, num_draft_tok)
+        self.num_beams = num_beams
+
+    @torch.inference_mode()
+    def propose_tree(self, hidden: Tensor, tokens: Tensor) -> Tree:
+        """See TreeDraftModel."""
+        tables, batch = self.tables, len(tokens)
+        start = tables.start(hidden)
+        x = torch.cat([hidden, hidden], dim=1)  # [c ; s] of every beam
+
+        def step(parent: Tensor | None, newest: Tensor) -> Tensor:
+            nonlocal x, start
+            if parent is not None:
+                beams = len(x) // batch
+                rows = (parent + torch.arange(0, len(x), beams)[:, None]).flatten()
+                x = x.index_select(0, rows)
+                if beams == 1 and start is not None:
+                    start = start.index_select(0, rows)
+            return tables.advance(x, start, newest.flatten(), first=parent is None).view(*newest.shape, -1)
+
+        return tree_of(search(step, tokens, tables.draft_tokens, self.num_beams, 1 + self.num_draft_tok).tokens)

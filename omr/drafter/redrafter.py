@@ -148,7 +148,7 @@ class Train:
 class Redrafter(Drafter):
     """A recurrent draft head on the target's last hidden state."""
 
-    REVISION: ClassVar[int] = 2
+    REVISION: ClassVar[int] = 3
     trained: ClassVar[bool] = True
 
     predict_n: int = 3
@@ -157,6 +157,9 @@ class Redrafter(Drafter):
     """Tokens drafted per step when serving; null is predict_n, more is refused."""
     adaptive: bool = field(default=True, metadata={"content": False})
     """Draft only while that is faster than plain decoding, as measured while serving; output is the same either way."""
+    stop_below: float = field(default=0.2, metadata={"content": False})
+    """End a step's draft once the drafter gives it less than this chance to hold as a whole; 0 drafts to the end. For
+    greedy chains on CPU: elsewhere a draft of varying length costs more than it saves. Output is not affected."""
     sampled: bool = field(default=False, metadata={"content": False})
     """Draw the drafts of requests with temperature from the drafter's own law, verified by rejection. Output keeps the
     model's law but is no longer plain decoding's token for token. Greedy drafts are usually accepted more often."""
@@ -185,6 +188,8 @@ class Redrafter(Drafter):
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"drafter.{name} must be >= {least}, got {getattr(self, name)}")
+        if not 0 <= self.stop_below <= 1:
+            raise ConfigError(f"drafter.stop_below must be in [0, 1], got {self.stop_below}")
         if self.num_beams > MAX_BEAMS:
             raise ConfigError(f"drafter.num_beams must be <= {MAX_BEAMS}, got {self.num_beams}")
         check_sampled(sampled=self.sampled, adaptive=self.adaptive)
@@ -256,6 +261,13 @@ class Redrafter(Drafter):
                 f"set drafter.draft_tok={config.predict_n} or train with drafter.predict_n={wanted}"
             )
         head.attach(base.lm_head.weight)
-        draft = draft_model(head, base.embed.weight, wanted, num_beams=self.num_beams, in_eight_bit=self.eight_bit)
+        draft = draft_model(
+            head,
+            base.embed.weight,
+            wanted,
+            num_beams=self.num_beams,
+            in_eight_bit=self.eight_bit,
+            stop_below=self.stop_below,
+        )
         draft.adaptive, draft.sampled = self.adaptive, self.sampled
         return draft

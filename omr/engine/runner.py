@@ -82,28 +82,32 @@ class Runner:
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
         """One step of decoding sequences: one new token each, or more where drafts agree."""
-        newest = self._ids([seq.tokens[-1] for seq in seqs])
-        drafts, sampled = self._propose(seqs, newest) if self._speculates(seqs) else (None, None)
+        newest = [seq.tokens[-1] for seq in seqs]
+        drafts, sampled = self._propose(seqs, self._ids(newest)) if self._speculates(seqs) else (None, None)
         new = 1 if drafts is None else 1 + drafts.shape[1]
+        drafted = None if drafts is None else drafts.tolist()
         starts = [len(seq.tokens) - 1 for seq in seqs]
         longest = max(starts) + new - 1
         size = self.cache.block_size
         width = longest // size + 1
-        positions = [list(range(start, start + new)) for start in starts]
+        positions = [p for start in starts for p in range(start, start + new)]
         tables = [(seq.blocks + [NULL_BLOCK] * (width - len(seq.blocks)))[:width] for seq in seqs]
-        slots = [table[p // size] * size + p % size for table, row in zip(tables, positions, strict=True) for p in row]
-        tokens = newest if drafts is None else torch.cat([newest[:, None], drafts], 1).flatten()
-        positions_ = self._ids(positions)
-        batch = Padded(self.cache, self._ids(tables), positions_, self._ids(slots), longest)
-        hidden = self.decoder.forward(tokens, positions_.flatten(), batch)
-        drawn = []
-        for index, (row, logprobs) in enumerate(self._draw(seqs, hidden, new, drafts, sampled)):
+        slots = [tables[row // new][p // size] * size + p % size for row, p in enumerate(positions)]
+        tokens = newest if drafted is None else [t for n, row in zip(newest, drafted, strict=True) for t in (n, *row)]
+        rows = len(positions)
+        # One tensor for all four: making one costs as much as a product of a small model.
+        ids = self._ids(tokens + positions + slots + [block for table in tables for block in table])
+        tokens_, positions_, slots_, tables_ = ids.split([rows, rows, rows, len(seqs) * width])
+        batch = Padded(self.cache, tables_.view(-1, width), positions_.view(-1, new), slots_, longest)
+        hidden = self.decoder.forward(tokens_, positions_, batch)
+        drawn, last = [], []
+        for index, (row, logprobs) in enumerate(self._draw(seqs, hidden, new, drafted, sampled)):
             seq = seqs[index]
-            drafted = 0 if drafts is None or not seq.request.speculate else new - 1
-            drawn.append(Drawn(seq=seq, tokens=row, logprobs=logprobs, drafted=drafted))
-            starts[index] = index * new + len(row) - 1
+            count = 0 if drafts is None or not seq.request.speculate else new - 1
+            drawn.append(Drawn(seq=seq, tokens=row, logprobs=logprobs, drafted=count))
+            last.append(index * new + len(row) - 1)
         if self.draft is not None and self.draft.needs_hidden:
-            states = hidden if new == 1 else hidden.index_select(0, self._ids(starts))
+            states = hidden if new == 1 else hidden.index_select(0, self._ids(last))
             self._late = [seq.row for seq in seqs], states
         return drawn
 
@@ -121,8 +125,12 @@ class Runner:
         """Drafts (B, n) int64, and what verifies them if they were drawn from the drafter's law."""
         draft, hidden, history = self.draft, None, None
         if draft.needs_hidden:
-            self._settle()
-            hidden = self.hidden.index_select(0, self._ids([seq.row for seq in seqs]))
+            rows = [seq.row for seq in seqs]
+            if self._late is not None and self._late[0] == rows:
+                hidden = self._late[1]  # the last step's states, which nobody else needs
+            else:
+                self._settle()
+                hidden = self.hidden.index_select(0, self._ids(rows))
         else:
             history = [seq.tokens for seq in seqs]
         if not self._samples_drafts(seqs):
@@ -141,13 +149,11 @@ class Runner:
         seqs: list[Sequence],
         hidden: torch.Tensor,
         new: int,
-        drafts: torch.Tensor | None,
+        drafted: list[list[int]] | None,
         sampled: SampledDrafts | None = None,
     ) -> list[tuple[list[int], list[TokenLogprob] | None]]:
         """For each sequence the drawn tokens, cut after the first off its draft, and their log-probabilities."""
-        logits = self.decoder.logits(hidden)  # (B * Q, V)
-        drafted = None if drafts is None else drafts.tolist()
-        raw = logits
+        raw = logits = self.decoder.logits(hidden)  # (B * Q, V)
         if any(seq.request.penalised for seq in seqs):
             logits = self._penalised(seqs, logits, new, drafted)
         law = self._law(seqs, new)

@@ -10,13 +10,12 @@ The cache holds paths, not trees: keys and values of the nodes stay beside the c
 the accepted path alone are then written to the slots of their positions, for all layers in one copy. Rejected nodes
 leave nothing behind and need no slots.
 
-Shapes: B sequences, N nodes, L gathered cache tokens, Hq, Hkv heads, D head_dim.
+Shapes: B sequences, N nodes, L cached tokens of the longest, Hq, Hkv heads, D head_dim.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from omr.drafter import TreeDraftModel
 from omr.engine import sampler
@@ -25,31 +24,31 @@ from omr.engine.runner import Drawn, Runner
 from omr.nn.decoder import Decoder
 from omr.nn.draft_tree import Tree, walk
 from omr.nn.linear import to_e4m3
-from omr.nn.paged import NULL_BLOCK, KVCache
+from omr.nn.paged import NULL_BLOCK, KVCache, attend, stacked
 
 
 class TreeBatch:
     """What the nodes attend to: the cached tokens before the root, then each other as `sees` (B, N, N) says.
 
-    `tables` (B, blocks) int64, `cached` (B,) int64 tokens of each sequence in the cache: everything before its root.
+    `tables` (B, blocks) int64, with room for L + N tokens, `cached` (B,) int64 tokens of each sequence in the cache:
+    everything before its root; L is the greatest of them.
     """
 
-    def __init__(self, cache: KVCache, tables: torch.Tensor, cached: torch.Tensor, sees: torch.Tensor) -> None:
+    def __init__(
+        self, cache: KVCache, tables: torch.Tensor, cached: torch.Tensor, longest: int, sees: torch.Tensor
+    ) -> None:
         self.pages = cache
         self.cache = self  # the decoder stores keys and values here, not in the pages
         self.slots = sees.new_empty(0, dtype=torch.int64)
         self.batch, self.nodes = sees.shape[:2]
-        self.total = tables.shape[1] * cache.block_size
+        self.total = longest
         self.blocks = tables.flatten()
         self.new: list[torch.Tensor] = []
         """Keys and values of the nodes, (B * N, 2 * Hkv * D) per layer."""
         before = torch.arange(self.total, device=sees.device) < cached[:, None]  # (B, L)
         seen = torch.cat([before[:, None].expand(-1, self.nodes, -1), sees], dim=-1)  # (B, N, L + N)
         mask = torch.zeros(seen.shape, dtype=cache.data.dtype, device=sees.device).masked_fill_(~seen, float("-inf"))
-        group = cache.num_heads // cache.num_kv_heads
-        self.mask = (
-            mask[:, None, None].expand(-1, -1, group, -1, -1).reshape(self.batch, 1, -1, self.total + self.nodes)
-        )
+        self.mask = stacked(mask[:, None], cache.num_heads // cache.num_kv_heads)
 
     def store(self, layer: int, slots: torch.Tensor, qkv: torch.Tensor) -> None:
         """Hold the nodes' keys and values until the walk has chosen among them."""
@@ -58,15 +57,10 @@ class TreeBatch:
 
     def attend(self, layer: int, qkv: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """qkv (B * N, (Hq + 2 Hkv) * D), rotated and stored -> (B * N, Hq * D); in E4M3 over `scale` if given."""
-        cache, batch, nodes = self.pages, self.batch, self.nodes
-        dim, num_kv = cache.head_dim, cache.num_kv_heads
-        width = cache.num_heads * dim
-        seen = cache.blocks[layer].index_select(0, self.blocks).view(batch, self.total, -1)
-        seen = torch.cat([seen, self.new[layer].reshape(batch, nodes, -1)], dim=1).view(batch, -1, 2, num_kv, dim)
-        k, v = seen.permute(2, 0, 3, 1, 4)  # (B, Hkv, L + N, D) each
-        q = qkv[:, :width].view(batch, nodes, num_kv, -1, dim).permute(0, 2, 3, 1, 4).reshape(batch, num_kv, -1, dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-        out = out.view(batch, num_kv, -1, nodes, dim).permute(0, 3, 1, 2, 4).reshape(batch * nodes, width)
+        cache, batch, total = self.pages, self.batch, self.total
+        seen = cache.blocks[layer].index_select(0, self.blocks).view(batch, -1, cache.width)[:, : total + self.nodes]
+        seen[:, total:] = self.new[layer].view(batch, self.nodes, -1)
+        out = attend(qkv, seen, self.mask, cache)
         return out if scale is None else to_e4m3(out, scale)
 
     def keep(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
@@ -91,22 +85,21 @@ class TreeRunner(Runner):
         tree = self.tree_draft.propose_tree(self.hidden.index_select(0, rows), newest)
         nodes = tree.tokens.shape[1]
         starts = [len(seq.tokens) - 1 for seq in seqs]
-        width = max(1, -(-max(starts) // self.cache.block_size))
+        width = -(-(max(starts) + nodes) // self.cache.block_size)
         tables = [(seq.blocks + [NULL_BLOCK] * width)[:width] for seq in seqs]
         cached = self._ids(starts)
         positions = cached[:, None] + tree.depths
-        batch = TreeBatch(self.cache, self._ids(tables).view(len(seqs), width), cached, tree.sees)
+        batch = TreeBatch(self.cache, self._ids(tables), cached, max(starts), tree.sees)
         hidden = self.decoder.forward(tree.tokens.flatten(), positions.flatten(), batch)
         raw = self.decoder.logits(hidden)  # (B * N, V)
         logits = raw
         if any(seq.request.penalised for seq in seqs):
             logits = self._penalised_nodes(seqs, raw, tree)
         drawn_at = sampler.draw(logits, self._law(seqs, nodes), positions.flatten() + 1).view(-1, nodes)
-        paths, lengths = walk(tree, drawn_at)
-        paths, lengths, drawn_at = paths.tolist(), lengths.tolist(), drawn_at.tolist()
+        paths, drawn_at = walk(tree, drawn_at), drawn_at.tolist()
         drawn, kept, slots, last = [], [], [], []
         for index, seq in enumerate(seqs):
-            path = paths[index][: lengths[index] if seq.request.speculate else 1]
+            path = paths[index] if seq.request.speculate else [0]
             tokens = [drawn_at[index][node] for node in path]
             count = seq.request.logprobs
             logprobs: list[TokenLogprob] | None = None

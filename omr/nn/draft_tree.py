@@ -21,6 +21,7 @@ probabilities are not needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,39 +54,56 @@ class Beams:
 def beam_search(
     drafter: Redrafter, context: Tensor, tokens: Tensor, embedding: Tensor, width: int, length: int
 ) -> Beams:
-    """(B, H) context, (B,) newest tokens, (V, H) embedding table -> the `width` best beams of `length` tokens.
+    """(B, H) context, (B,) newest tokens, (V, H) embedding table -> the `width` best beams of `length` tokens."""
+    state = drafter.first_state(context)[:, None]
 
-    Static shapes, no host synchronisation. Scores are taken over each beam's KEPT_LOGITS best tokens, never over all of
-    W * V: nothing outside them can win while width <= KEPT_LOGITS.
+    def step(parent: Tensor | None, newest: Tensor) -> Tensor:
+        nonlocal state
+        if parent is not None:
+            state = state.gather(1, parent[:, :, None].expand(-1, -1, state.shape[-1]))
+        state = drafter.advance(state, drafter.embed_term(F.embedding(newest, embedding).to(state.dtype)))
+        return drafter.logits(context[:, None].expand(-1, newest.shape[1], -1), state)
+
+    return search(step, tokens, drafter.draft_tokens, width, length)
+
+
+def search(
+    step: Callable[[Tensor | None, Tensor], Tensor],
+    tokens: Tensor,
+    draft_tokens: Tensor | None,
+    width: int,
+    length: int,
+) -> Beams:
+    """The `width` best beams of `length` tokens from (B,) newest tokens.
+
+    `step(parent, newest)` makes the states of (B, beams) new tokens from those of the last step's beams `parent` (B,
+    beams), None at first, and returns their logits (B, beams, D); `draft_tokens` (D,) int64 are the tokens of these,
+    None when D is V. Static shapes, no host synchronisation. Scores are taken over each beam's KEPT_LOGITS best tokens,
+    never over all of W * V: nothing outside them can win while width <= KEPT_LOGITS.
     """
     assert 1 <= width <= KEPT_LOGITS, f"beam search keeps {KEPT_LOGITS} tokens a step, got {width} beams"
-    batch, device = len(tokens), tokens.device
-    table = drafter.draft_tokens
-    beams = tokens.view(batch, 1, 1)
-    scores = torch.zeros(batch, 1, device=device)
-    steps = torch.zeros(batch, 1, 0, device=device)
-    state = drafter.first_state(context)[:, None]
+    newest, parent = tokens[:, None], None
+    scores = torch.zeros(len(tokens), 1, device=tokens.device)
+    taken: list[tuple[Tensor, Tensor, Tensor]] = []  # of each step: parent, token and its log-probability, (B, W) each
     for _ in range(length - 1):
-        term = drafter.embed_term(F.embedding(beams[:, :, -1], embedding).to(state.dtype))
-        state = drafter.advance(state, term)
-        logits = drafter.logits(context[:, None].expand(-1, beams.shape[1], -1), state)
-        values, indices = best_tokens(logits)
+        values, indices = best_tokens(step(parent, newest))
         values, indices = values[..., :width], indices[..., :width]  # (B, beams, width)
         scores, index = (scores[:, :, None] + values).flatten(1).topk(width, dim=-1)
         parent = index // values.shape[-1]
-        new = indices.flatten(1).gather(1, index)
-        if table is not None:
-            new = table[new]
-        step = values.flatten(1).gather(1, index)
-        beams = torch.cat([_choose(beams, parent), new[:, :, None]], dim=-1)
-        steps = torch.cat([_choose(steps, parent), step[:, :, None]], dim=-1)
-        state = _choose(state, parent)
-    return Beams(beams, scores, steps)
-
-
-def _choose(rows: Tensor, parent: Tensor) -> Tensor:
-    """(B, W, X), (B, W') -> (B, W', X)"""
-    return rows.gather(1, parent[:, :, None].expand(-1, -1, rows.shape[-1]))
+        newest = indices.flatten(1).gather(1, index)
+        if draft_tokens is not None:
+            newest = draft_tokens[newest]
+        taken.append((parent, newest, values.flatten(1).gather(1, index)))
+    beams, log_probs = [], []
+    at = torch.arange(width, device=tokens.device).expand(len(tokens), -1)
+    for parent, token, log_prob in reversed(taken):
+        beams.append(token.gather(1, at))
+        log_probs.append(log_prob.gather(1, at))
+        at = parent.gather(1, at)
+    first = tokens[:, None].expand(-1, width)
+    if not taken:
+        return Beams(first[..., None], scores, scores.new_zeros(len(tokens), width, 0))
+    return Beams(torch.stack([first, *beams[::-1]], -1), scores, torch.stack(log_probs[::-1], -1))
 
 
 @dataclass
@@ -147,23 +165,17 @@ def pack(beams: Tensor, max_nodes: int | None = None) -> Tree:
     return Tree(tokens, parents, depths, sees, sizes, torch.where(node < n, node, -1))
 
 
-def walk(tree: Tree, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """Follow the target's own draws from the root: (B, N) int64 token drawn at each node -> path and its length.
+def walk(tree: Tree, drawn: Tensor) -> list[list[int]]:
+    """The nodes that the target's own draws, (B, N) int64 one for each node, lead through from the root, for each row.
 
-    Returns (B, D) int64 node numbers from the root, the last one repeated, and (B,) int64 how many there are: accepted
-    drafts + 1. The tokens of the step are `drawn` at these nodes. D is the greatest depth + 1 that the shape allows.
+    The tokens of the step are `drawn` at these nodes: their number is accepted drafts + 1.
     """
-    batch, n = drawn.shape
-    number = torch.arange(n, device=drawn.device)
-    steps = int(tree.unpacker.shape[-1])
-    at = torch.zeros(batch, dtype=torch.int64, device=drawn.device)
-    path, length, going = [at], torch.ones_like(at), torch.ones_like(at, dtype=torch.bool)
-    real = number < tree.sizes[:, None]
-    for _ in range(steps - 1):
-        token = drawn.gather(1, at[:, None])
-        child = real & (tree.parents == at[:, None]) & (tree.tokens == token) & (number > 0)
-        going = going & child.any(1)
-        at = torch.where(going, child.to(torch.uint8).argmax(1), at)
-        length = length + going
-        path.append(at)
-    return torch.stack(path, dim=1), length
+    paths = []
+    columns = (tree.tokens.tolist(), tree.parents.tolist(), tree.sizes.tolist(), drawn.tolist())
+    for tokens, parents, size, wanted in zip(*columns, strict=True):
+        path = [0]
+        for node in range(1, size):  # a node comes after its parent, so one pass meets the whole path
+            if parents[node] == path[-1] and tokens[node] == wanted[path[-1]]:
+                path.append(node)
+        paths.append(path)
+    return paths

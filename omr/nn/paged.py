@@ -48,11 +48,27 @@ class KVCache:
             and torch.cuda.get_device_capability(device) >= (8, 0)
         )
         self.first_key = self.num_heads * self.head_dim
+        self.triangles: dict[int, torch.Tensor] = {}
         self.blocks = [layer.view(num_blocks, block_size * self.width) for layer in self.layers]
 
     def store(self, layer: int, slots: torch.Tensor, qkv: torch.Tensor) -> None:
         """Write the keys and values of qkv (T, (Hq + 2 Hkv) * D) to slots (T,) int64."""
         self.layers[layer].index_copy_(0, slots, qkv[:, self.first_key :])
+
+    def triangle(self, new: int, total: int) -> torch.Tensor:
+        """What each of the last `new` of `total` tokens sees, (1, 1, G * new, total): 0 or -inf to add to the scores.
+
+        A view of the right end of a mask kept for longer sequences: a decode step builds nothing.
+        """
+        kept = self.triangles.get(new)
+        if kept is None or kept.shape[-1] < total:
+            size = 1 << total.bit_length()
+            steps = torch.arange(size, device=self.data.device)
+            hidden = steps > steps[size - new :, None]
+            mask = torch.zeros(hidden.shape, dtype=self.data.dtype, device=hidden.device)
+            mask.masked_fill_(hidden, float("-inf"))
+            kept = self.triangles[new] = mask.repeat(self.num_heads // self.num_kv_heads, 1)[None, None]
+        return kept[..., kept.shape[-1] - total :]
 
     @property
     def cache_bytes(self) -> int:
@@ -156,15 +172,14 @@ class Padded:
         self.total = longest + 1
         self.blocks = tables.flatten()
         self.mask = None
-        if self.batch * self.new > 1:
+        if self.batch == 1 and self.new > 1:
+            self.mask = cache.triangle(self.new, self.total)
+        elif self.batch > 1:
             steps = torch.arange(self.total, device=positions.device)
             hidden = steps > positions[:, None, :, None]  # (B, 1, Q, L)
             mask = torch.zeros(hidden.shape, dtype=cache.data.dtype, device=positions.device)
             mask.masked_fill_(hidden, float("-inf"))
-            if self.new > 1:
-                group = cache.num_heads // cache.num_kv_heads
-                mask = mask.unsqueeze(2).expand(-1, -1, group, -1, -1).reshape(self.batch, 1, -1, self.total)
-            self.mask = mask
+            self.mask = mask if self.new == 1 else stacked(mask, cache.num_heads // cache.num_kv_heads)
 
     def attend(self, layer: int, qkv: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """qkv (B * Q, (Hq + 2 Hkv) * D), rotated and stored -> (B * Q, Hq * D); in E4M3 over `scale` if given."""
@@ -172,15 +187,30 @@ class Padded:
         return out if scale is None else to_e4m3(out, scale)
 
     def _attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        cache, batch, new = self.cache, self.batch, self.new
-        dim, num_kv = cache.head_dim, cache.num_kv_heads
-        width = cache.num_heads * dim
-        seen = cache.blocks[layer].index_select(0, self.blocks).view(batch, -1, 2, num_kv, dim)[:, : self.total]
-        k, v = seen.permute(2, 0, 3, 1, 4)  # (B, Hkv, L, D) each
-        q = qkv[:, :width]
-        if new == 1:
-            out = F.scaled_dot_product_attention(q.view(batch, num_kv, -1, dim), k, v, attn_mask=self.mask)
-            return out.reshape(batch, width)
-        q = q.view(batch, new, num_kv, -1, dim).permute(0, 2, 3, 1, 4).reshape(batch, num_kv, -1, dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-        return out.view(batch, num_kv, -1, new, dim).permute(0, 3, 1, 2, 4).reshape(batch * new, width)
+        cache, batch = self.cache, self.batch
+        seen = cache.blocks[layer].index_select(0, self.blocks).view(batch, -1, cache.width)[:, : self.total]
+        return attend(qkv, seen, self.mask, cache)
+
+
+def stacked(mask: torch.Tensor, group: int) -> torch.Tensor:
+    """(B, 1, Q, L) -> (B, 1, G * Q, L): the mask for query heads that share a key head, one below the other."""
+    return mask if group == 1 else mask.repeat(1, 1, group, 1)
+
+
+def attend(qkv: torch.Tensor, seen: torch.Tensor, mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+    """Queries of qkv (B * Q, (Hq + 2 Hkv) * D) over keys and values `seen` (B, L, 2 * Hkv * D) -> (B * Q, Hq * D).
+
+    `mask` (B, 1, G * Q, L) is added to the scores.
+    """
+    rows, batch, dim, num_kv = qkv.shape[0], seen.shape[0], cache.head_dim, cache.num_kv_heads
+    width = cache.num_heads * dim
+    k, v = seen.view(batch, -1, 2, num_kv, dim).permute(2, 0, 3, 1, 4)  # (B, Hkv, L, D) each
+    q = qkv[:, :width]
+    if rows == batch:
+        return F.scaled_dot_product_attention(q.view(rows, num_kv, -1, dim), k, v, attn_mask=mask).reshape(rows, width)
+    if cache.num_heads == num_kv:
+        q = q.view(batch, -1, num_kv, dim).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(rows, width)
+    q = q.view(batch, rows // batch, num_kv, -1, dim).permute(0, 2, 3, 1, 4).reshape(batch, num_kv, -1, dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.view(batch, num_kv, -1, rows // batch, dim).permute(0, 3, 1, 2, 4).reshape(rows, width)

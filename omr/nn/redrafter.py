@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omr.errors import ConfigError, InputError
-from omr.nn.draft_head import HEADS, BaseHead, DraftHead, FullHead, Pack, PackedHead, make_head
+from omr.nn.draft_head import HEADS, BaseHead, DraftHead, FullHead, LowRankHead, Pack, PackedHead, make_head
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -187,18 +187,35 @@ class Redrafter(nn.Module):
 
         `rnn_w` is scaled so that embeddings, which are small in many models, enter the state at order 1; the output
         starts as the base's own, read from the state half of x (Medusa's initialisation, arXiv 2401.10774; the context
-        half, from which the base predicts the token that is already known, starts at 0). Tensors (V, H).
+        half, from which the base predicts the token that is already known, starts at 0). Where x or the head is too
+        narrow for that, they start as the base's output of that rank which is nearest in squares. Tensors (V, H).
         """
         h, e = self.config.hidden_size, self.config.exit_dim
         if self.rnn_w is not None:
             self.rnn_w.weight.div_(embedding.float().std())
-        if isinstance(self.head, FullHead) and e >= h:
-            tokens = self.draft_tokens
-            self.head.weight[:, : e - h] = 0
-            self.head.weight[:, e - h :] = output_matrix if tokens is None else output_matrix[tokens]
-        if isinstance(self.head, BaseHead) and e >= h:
+        tokens = self.draft_tokens
+        matrix = output_matrix.float() if tokens is None else output_matrix[tokens].float()  # (D, H)
+        kept = torch.eye(h)  # (k, H): what the last k of the E features read of the state
+        if self.input_proj is not None:
+            if e < h:
+                kept = _main_directions(matrix, e)
+            rows = slice(e - len(kept), e)
+            self.input_proj.weight[rows] = torch.cat([torch.zeros_like(kept), kept], 1)
+            self.input_proj.bias[rows] = 0
+        wanted = matrix @ kept.T  # (D, k)
+        first = e - len(kept)
+        if isinstance(self.head, FullHead):
+            self.head.weight[:, :first] = 0
+            self.head.weight[:, first:] = wanted
+        elif isinstance(self.head, BaseHead):
             self.head.proj.weight.zero_()
-            self.head.proj.weight[:, e - h :] = torch.eye(h)
+            self.head.proj.weight[:, first:] = kept.T
+        elif isinstance(self.head, LowRankHead):
+            directions = _main_directions(wanted, self.config.head_rank)  # (r', k)
+            self.head.down.weight[: len(directions)] = 0
+            self.head.down.weight[: len(directions), first:] = directions
+            self.head.up.weight[:, : len(directions)] = wanted @ directions.T
+            self.head.up.weight[:, len(directions) :] = 0
 
     @torch.no_grad()
     def to_plain(self) -> Redrafter:
@@ -299,6 +316,12 @@ class Redrafter(nn.Module):
         }
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(self.config.to_json(), indent=2, sort_keys=True) + "\n")
+
+
+def _main_directions(matrix: Tensor, count: int) -> Tensor:
+    """(at most count, K): orthonormal rows R for which matrix R^T R (N, K) is nearest to the matrix in squares."""
+    vectors = torch.linalg.eigh(matrix.T @ matrix).eigenvectors  # of the smallest eigenvalue first
+    return vectors[:, -min(count, matrix.shape[1]) :].T.contiguous()
 
 
 def load_redrafter(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Redrafter:

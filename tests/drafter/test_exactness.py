@@ -88,7 +88,7 @@ def drafter(name: str, model: Transformer) -> DraftModel | None:
     if shape == "sampled":
         return Redrafter(sampled=True, adaptive=False).load(DATA / f"drafter_{name}", model)
     beams, _, length = (shape or "1x4").partition("x")  # the newest token counts, as in the reference
-    option = Redrafter(predict_n=int(length) - 1, num_beams=int(beams), adaptive=False)
+    option = Redrafter(predict_n=int(length) - 1, num_beams=int(beams), adaptive=False, stop_below=0.0)
     return option.load(DATA / f"drafter_{name}", model)
 
 

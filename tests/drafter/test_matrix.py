@@ -46,7 +46,7 @@ BASES: dict[str, Quantiser | None] = {
 
 
 def trained(name: str, **knobs: Any) -> Callable[[Transformer], DraftModel]:
-    option = Redrafter(adaptive=False, **knobs)
+    option = Redrafter(**{"adaptive": False, "stop_below": 0.0, **knobs})
     return lambda base: option.load(DATA / f"drafter_{name}", base)
 
 
@@ -73,6 +73,7 @@ def option(made: Drafter) -> Callable[[Transformer], DraftModel | None]:
 DRAFTERS: dict[str, Callable[[Transformer], DraftModel | None]] = {
     "redrafter, full head": trained("rnn2"),
     "redrafter, one block": trained("rnn1", draft_tok=2),
+    "redrafter, drafts of any length": trained("rnn2", stop_below=0.02),
     "redrafter, no rnn": trained("sum2", predict_n=5),
     "redrafter, exit_dim": trained("proj"),
     "redrafter, reduced vocabulary": untrained(draft_vocab_size=60),

@@ -262,7 +262,7 @@ def test_tokenizer_of_another_vocabulary(base: Path, text: Path, tmp_path: Path)
     ],
 )
 def test_every_head_trains_and_loads(change: dict[str, object], base: Path, text: Path, tmp_path: Path) -> None:
-    option = Redrafter(**change, train=replace(SHORT, distil=0.5))  # type: ignore[arg-type]
+    option = Redrafter(**change, stop_below=0.0, train=replace(SHORT, distil=0.5))  # type: ignore[arg-type]
     metrics = fit(option, base, text, tmp_path / "out")
     config = load_redrafter(tmp_path / "out").config
     assert config.head == option.head.value and config.exit_dim == (option.exit_dim or 64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -332,3 +333,32 @@ def test_fingerprint_survives_the_dtype_and_tells_tables_apart() -> None:
     other = table.clone()
     other[3, 3] += 1
     assert fingerprint(other) != fingerprint(table) != fingerprint(table[:99])
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [
+        ({"exit_dim": 64}, 32),
+        ({"exit_dim": 40}, 32),
+        ({"exit_dim": 12}, 12),
+        ({"exit_dim": 12, "draft_vocab_size": 60}, 12),
+        ({"exit_dim": 64, "head": "low_rank", "head_rank": 7}, 7),
+        ({"exit_dim": 20, "head": "low_rank", "head_rank": 64}, 20),
+        ({"exit_dim": 24, "head": "base"}, 24),
+    ],
+)
+def test_a_head_starts_as_the_base_s_output_as_far_as_its_rank_goes(shape: dict[str, Any], rank: int) -> None:
+    torch.manual_seed(0)
+    known = {"vocab_size": 128, "hidden_size": 32, "exit_dim": 64, "num_draft_layers": 0, "rnn": True}
+    head = Redrafter(RedrafterConfig(**{**known, **shape})).double()
+    if head.config.draft_vocab_size:
+        head.set_draft_tokens(torch.arange(60) * 2)
+    matrix = torch.randn(128, 32) @ torch.diag(torch.logspace(0, -2, 32))
+    head.start_from(torch.randn(128, 32), matrix)
+    head.attach(matrix)
+    if head.draft_tokens is not None:
+        matrix = matrix[head.draft_tokens]
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    nearest = left[:, :rank] @ torch.diag(values[:rank]) @ right[:rank]
+    context, state = torch.randn(9, 32).double(), torch.randn(9, 32).double()
+    torch.testing.assert_close(head.logits(context, state), state @ nearest.T, atol=1e-4, rtol=1e-4)
