@@ -4,8 +4,8 @@ One method streams a text completion, one a chat; both give the same `Stream` of
 dialect and handed to the endpoint's server option, which knows what its server takes. All times are the client's own
 clock: a stream remembers when it was sent and every chunk when it came.
 
-Cancelling is closing: `await stream.aclose()`, or leaving `contextlib.aclosing(stream)`, closes the connection, on
-which the server drops the request. A request that fails before its first token is sent again a few times if the
+Cancelling `stream.each`, or telling it that you have had enough, closes the connection, on which the server drops the
+request. A request that fails before its first token is sent again a few times if the
 connection or an overloaded server was at fault; after the first token it never is, because the text would not be the
 same stream. Failures are RequestErrors: the caller counts them and goes on.
 """
@@ -13,11 +13,10 @@ same stream. Failures are RequestErrors: the caller counts them and goes on.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +27,7 @@ from omr.chunks import Chunk, Reader
 from omr.errors import ContextOverflow, RequestError, StreamDropped
 from omr.sampling import Sampling
 from omr.server import Endpoint
-from omr.wire import Wire, WireReply
+from omr.wire import Wire
 
 _RETRY_STATUS = frozenset({429, 502, 503, 504})
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
@@ -55,13 +54,17 @@ class Completion:
     end: float
 
 
-class Stream(AsyncGenerator[Chunk, None]):
-    """The chunks of one request, in order. Close it when done: an unfinished one is then cancelled on the server."""
+Take = Callable[[Chunk], bool | None]
+"""Hears a chunk; True: that was enough."""
 
-    def __init__(self, chunks: AsyncGenerator[Chunk, None]) -> None:
-        self._chunks = chunks
+
+class Stream:
+    """One request, sent by `each` or `read`."""
+
+    def __init__(self, each: Callable[[Stream, Take], Awaitable[None]]) -> None:
+        self._each = each
         self.sent: float | None = None
-        """perf_counter() when the request was first sent; None before the first chunk was asked for."""
+        """perf_counter() when the request was first sent."""
         self.reader = Reader()
 
     @property
@@ -79,33 +82,23 @@ class Stream(AsyncGenerator[Chunk, None]):
         """(drafts, draft tokens, accepted), known at the end; None when the server does not say."""
         return self.reader.speculation
 
-    def __anext__(self) -> Coroutine[Any, Any, Chunk]:
-        return self._chunks.__anext__()
+    async def each(self, take: Take) -> None:
+        """Send the request and hand every chunk of the reply to `take` as it comes, to the end or to its first True.
 
-    def asend(self, value: None) -> Coroutine[Any, Any, Chunk]:
-        return self._chunks.asend(value)
-
-    async def athrow(self, typ: Any, val: Any = None, tb: Any = None) -> Chunk:
-        if val is None and tb is None:
-            return await self._chunks.athrow(typ)  # the form with three arguments is deprecated
-        return await self._chunks.athrow(typ, val, tb)
-
-    async def aclose(self) -> None:
-        await self._chunks.aclose()
+        `take` runs in a callback of the event loop. What it raises is raised here. Raises RequestError.
+        """
+        await self._each(self, take)
 
     async def read(self) -> Completion:
-        """The rest of the stream as one value. Raises RequestError."""
-        text, count, last = [], 0, None
-        async for chunk in self:
-            text.append(chunk.text)
-            count += chunk.num_tokens
-            if chunk.finish_reason is not None:
-                last = chunk
+        """The reply as one value. Raises RequestError."""
+        chunks: list[Chunk] = []
+        await self.each(chunks.append)
+        last = next((chunk for chunk in reversed(chunks) if chunk.finish_reason is not None), None)
         assert last is not None and last.finish_reason is not None, "a stream that ends well has a finish reason"
         end = time.perf_counter()
         return Completion(
-            text="".join(text),
-            num_tokens=count,
+            text="".join(chunk.text for chunk in chunks),
+            num_tokens=sum(chunk.num_tokens for chunk in chunks),
             num_prompt_tokens=self.num_prompt_tokens,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
@@ -173,7 +166,7 @@ class Client:
     ) -> Stream:
         """Continue `prompt`, a text or token ids. `max_tokens` and `seed` default to those of `sampling`.
 
-        Raises, when iterated: ContextOverflow, RequestError, StreamDropped; ConfigError for a parameter that this
+        Raises, when sent: ContextOverflow, RequestError, StreamDropped; ConfigError for a parameter that this
         server has not.
         """
         body = self._body(sampling, stop, max_tokens, seed)
@@ -212,12 +205,12 @@ class Client:
 
     async def _get(self, path: str) -> str:
         try:
-            async with asyncio.timeout(30.0), contextlib.aclosing(await self._request("GET", path)) as reply:
-                content = await reply.aread()
+            async with asyncio.timeout(30.0):
+                status, content = await self._request("GET", path)
         except (httpx.TransportError, TimeoutError) as error:
             raise RequestError(f"GET {path} at {self.endpoint.base_url}: {_reason(error)}") from None
-        if reply.status_code != 200:
-            raise _refusal(reply.status_code, content)
+        if status != 200:
+            raise _refusal(status, content)
         return content.decode(errors="replace")
 
     def _body(
@@ -243,47 +236,70 @@ class Client:
             body["repetition_penalty"] = sampling.repetition_penalty
         return body
 
-    async def _request(self, method: str, path: str, body: bytes = b"") -> WireReply | httpx.Response:
-        """The reply's head, its body yet to be read; to be closed. Raises httpx.TransportError."""
+    async def _request(
+        self, method: str, path: str, body: bytes = b"", hear: Callable[[bytes], bool] | None = None
+    ) -> tuple[int, bytes]:
+        """Status and body; the body of a 200 goes to `hear` as it comes, until that is True. Raises TransportError."""
         if isinstance(self._http, Wire):
-            return await self._http.request(method, self._path + path, self._lines, body)
-        return await self._http.send(self._http.build_request(method, path, content=body), stream=True)
+            return await self._http.request(method, self._path + path, self._lines, body, hear)
+        async with self._http.stream(method, path, content=body) as response:
+            if hear is None or response.status_code != 200:
+                return response.status_code, await response.aread()
+            async for part in response.aiter_bytes():
+                if hear(part):
+                    break
+            return 200, b""
 
     def _open(self, path: str, body: dict[str, Any], *, chat: bool) -> Stream:
-        stream: Stream
-
-        async def chunks() -> AsyncGenerator[Chunk, None]:
+        async def each(stream: Stream, take: Take) -> None:
             data = json.dumps(self.endpoint.server.request_body(body, chat=chat)).encode()
             stream.sent = time.perf_counter()
             for attempt in range(1, self._attempts + 1):
-                started = False
+                heard = _Heard(take)
+                stream.reader = heard.reader
                 try:
-                    async with contextlib.aclosing(await self._request("POST", path, data)) as reply:
-                        if reply.status_code != 200:
-                            raise _refusal(reply.status_code, await reply.aread())
-                        parts = reply if isinstance(reply, WireReply) else reply.aiter_bytes()
-                        reader = stream.reader = Reader()
-                        async for part in parts:  # to its end, or the connection could not be used again
-                            for chunk in reader.feed(part):
-                                started = True
-                                yield chunk
-                        for chunk in reader.end():
-                            yield chunk
-                        return
+                    status, content = await self._request("POST", path, data, heard.hear)
+                    if status != 200:
+                        raise _refusal(status, content)
+                    heard.end()
+                    return
                 except httpx.TransportError as error:
-                    if started:
+                    if heard.anything:
                         raise StreamDropped(
                             f"the stream from {self.endpoint.base_url} broke: {_reason(error)}"
                         ) from None
                     if attempt == self._attempts or isinstance(error, httpx.ReadTimeout):
                         raise RequestError(f"POST {path} at {self.endpoint.base_url}: {_reason(error)}") from None
                 except RequestError as error:
-                    if started or attempt == self._attempts or error.status not in _RETRY_STATUS:
+                    if heard.anything or attempt == self._attempts or error.status not in _RETRY_STATUS:
                         raise
                 await asyncio.sleep(self._pause_s * 2 ** (attempt - 1))
 
-        stream = Stream(chunks())
-        return stream
+        return Stream(each)
+
+
+class _Heard:
+    """What has come of a stream, on its way to `take`."""
+
+    def __init__(self, take: Take) -> None:
+        self.reader = Reader()
+        self.anything = False
+        self._take, self._enough = take, False
+
+    def hear(self, part: bytes) -> bool:
+        return self._hand_on(self.reader.feed(part))
+
+    def end(self) -> None:
+        if not self._enough:
+            self._hand_on(self.reader.end())
+
+    def _hand_on(self, chunks: list[Chunk]) -> bool:
+        for chunk in chunks:
+            self.anything = True
+            if self._take(chunk):
+                self._enough = True
+                break
+        return self._enough
 
 
 def _refusal(status: int, body: bytes) -> RequestError:

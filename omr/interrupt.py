@@ -19,7 +19,20 @@ T = TypeVar("T")
 
 def run_async(work: Callable[[], Awaitable[T]]) -> T:
     """The result of `work()` in an event loop of its own. Raises Terminated when SIGTERM has cancelled it."""
-    return asyncio.run(_stoppable(work))
+    return in_loop(_stoppable(work))
+
+
+def in_loop(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run in uvloop's event loop, which takes less CPU time and writes what belongs together at once.
+
+    Without uvloop, in asyncio's own.
+    """
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        new_event_loop = None
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(main)
 
 
 async def _stoppable(work: Callable[[], Awaitable[T]]) -> T:

@@ -3,7 +3,8 @@
 A stream of tokens is many small reads, and with a small model on a CPU a general HTTP client (which parses in Python,
 or wraps every read in a task, a timer and a few objects) costs a tenth of what decoding does. A server that was started
 here needs none of TLS, proxies, redirects, cookies and compression, so what is left is written out: a request in one
-write, a reply read as its bytes arrive, connections used again. Anything else goes through httpx (see client.py).
+write, a reply handed on as its bytes arrive, connections used again. Whoever asked is woken once, when the reply is
+over: waking a task for every piece costs more than reading the piece. Anything else goes through httpx (see client.py).
 
 Failures are httpx's, so that its transports and this one are caught alike.
 """
@@ -11,15 +12,13 @@ Failures are httpx's, so that its transports and this one are caught alike.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import cast
 
 import httpx
 
 _MAX_HEAD_BYTES = 1 << 16
-_MAX_HELD_BYTES = 1 << 20
-"""Of a body that nobody reads, before the connection is read no further."""
 
 
 class Wire:
@@ -34,19 +33,24 @@ class Wire:
         name = f"[{host}]" if ":" in host else host
         self._host_line = f"host: {name}:{port}\r\n".encode()
 
-    async def request(self, method: str, path: str, headers: bytes, body: bytes) -> WireReply:
-        """The reply's head; its body is read by iterating. `headers` are whole lines. Raises httpx.TransportError."""
+    async def request(
+        self, method: str, path: str, headers: bytes, body: bytes, hear: Callable[[bytes], bool] | None = None
+    ) -> tuple[int, bytes]:
+        """Status and body of the reply. `headers` are whole lines.
+
+        `hear` gets the body of a 200 instead, piece by piece as it arrives, in a callback of the event loop; True from
+        it ends the request, as cancelling does: both close the connection. What `hear` raises is raised here. Raises
+        httpx.TransportError.
+        """
         connection = await self._take()
         try:
-            connection.send(
+            return await connection.exchange(
                 b"%s %s HTTP/1.1\r\n%s%scontent-length: %d\r\n\r\n%s"
-                % (method.encode(), path.encode(), self._host_line, headers, len(body), body)
+                % (method.encode(), path.encode(), self._host_line, headers, len(body), body),
+                hear,
             )
-            await connection.head()
-        except BaseException:
-            connection.abort()
-            raise
-        return WireReply(connection)
+        finally:
+            connection.release()
 
     async def _take(self) -> _Connection:
         while self._idle:
@@ -71,30 +75,6 @@ class Wire:
         await asyncio.sleep(0)  # aborted transports close their sockets in the next turn of the loop
 
 
-class WireReply:
-    """A reply whose head is here. Iterate over the pieces of its body; close it when done."""
-
-    def __init__(self, connection: _Connection) -> None:
-        self._connection = connection
-        self.status_code = connection.status
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        part = await self._connection.part()
-        if not part:
-            raise StopAsyncIteration
-        return part
-
-    async def aread(self) -> bytes:
-        return b"".join([part async for part in self])
-
-    async def aclose(self) -> None:
-        """Closes the connection too, unless the body was read to its end."""
-        self._connection.release()
-
-
 class _Connection(asyncio.Protocol):
     """One connection, one request at a time."""
 
@@ -104,19 +84,20 @@ class _Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._heard = 0.0
         self._waiter: asyncio.Future[None] | None = None
-        self._error: httpx.TransportError | None = None
-        self._reset()
+        self._error: Exception | None = None
+        self._reset(None)
 
-    def _reset(self) -> None:
+    def _reset(self, hear: Callable[[bytes], bool] | None) -> None:
+        self._hear = hear
         self._raw = b""
         """Received and not yet understood."""
         self._body: list[bytes] = []
-        self._held = 0
-        self.status = 0
+        """Of it, what nobody has heard."""
+        self._status = 0
         """0 until the head is here."""
         self._left: int | None = 0
         """Bytes to come of this chunk, or of the body; None until the connection ends."""
-        self._chunked = self._in_trailer = self._ended = self._reusable = self._paused = False
+        self._chunked = self._in_trailer = self._ended = self._enough = self._reusable = False
 
     # what the wire asks
 
@@ -124,33 +105,24 @@ class _Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return self._error is None and not self._transport.is_closing()
 
-    def send(self, data: bytes) -> None:
-        self._reset()
+    async def exchange(self, request: bytes, hear: Callable[[bytes], bool] | None) -> tuple[int, bytes]:
+        self._reset(hear)
         self._heard = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_later(self._wire._timeout_s, self._look_at_the_clock)
-        self._transport.write(data)
-
-    async def head(self) -> None:
-        while not self.status:
-            await self._more()
-
-    async def part(self) -> bytes:
-        """What has come of the body; b"" at its end."""
-        while not self._body:
-            if self._ended:
-                return b""
-            await self._more()
-        part = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body.clear()
-        self._held = 0
-        if self._paused:
-            self._paused = False
-            self._transport.resume_reading()
-        return part
+        self._transport.write(request)
+        self._waiter = self._loop.create_future()
+        self._wake()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+        if self._error is not None and not (self._ended or self._enough):
+            raise self._error
+        return self._status, b"".join(self._body)
 
     def release(self) -> None:
-        """The reply is done with: keep the connection if nothing of it is left on the way."""
+        """The request is done with: keep the connection if nothing of the reply is left on the way."""
         if self._ended and self._reusable and self.usable and not self._raw:
             self._wire._idle.append(self)
         else:
@@ -160,15 +132,6 @@ class _Connection(asyncio.Protocol):
         self._stop_clock()
         self._error = self._error or httpx.ReadError("the connection was closed")
         self._transport.abort()
-
-    async def _more(self) -> None:
-        if self._error is not None:
-            raise self._error
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
 
     # what the event loop says
 
@@ -180,16 +143,25 @@ class _Connection(asyncio.Protocol):
         self._heard = self._loop.time()
         self._raw = self._raw + data if self._raw else data
         try:
-            self._understand()
-        except ValueError as error:
-            self._fail(httpx.RemoteProtocolError(f"this is no HTTP: {error}"))
-        if self._held > _MAX_HELD_BYTES and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+            try:
+                self._understand()
+            except ValueError as error:
+                raise httpx.RemoteProtocolError(f"this is no HTTP: {error}") from None
+            finally:
+                self._hand_on()
+        except Exception as error:  # of `hear` too: they are for whoever asked
+            self._ended = False
+            self._fail(error)
         self._wake()
 
+    def _hand_on(self) -> None:
+        if self._hear is not None and self._body and self._status == 200 and not self._enough and self._error is None:
+            part = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            self._body.clear()
+            self._enough = self._hear(part)
+
     def eof_received(self) -> None:
-        if self.status and self._left is None:
+        if self._status and self._left is None:
             self._ended = True
         self._fail(httpx.RemoteProtocolError("the server closed the connection before its reply was complete"))
 
@@ -201,10 +173,9 @@ class _Connection(asyncio.Protocol):
     def _look_at_the_clock(self) -> None:
         """One timer a connection, not one a read or a request."""
         due = self._heard + self._wire._timeout_s
-        if self._ended:
+        if self._waiter is None:
             self._timer = None
-        elif self._loop.time() < due or self._paused:
-            due = max(due, self._loop.time() + 0.001)
+        elif self._loop.time() < due:
             self._timer = self._loop.call_at(due, self._look_at_the_clock)
         else:
             self._timer = None
@@ -216,19 +187,21 @@ class _Connection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
 
-    def _fail(self, error: httpx.TransportError) -> None:
+    def _fail(self, error: Exception) -> None:
         self._error = self._error or error
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        """Wake whoever asked, if there is nothing more to wait for."""
+        over = self._ended or self._enough or self._error is not None
+        if over and self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     # HTTP
 
     def _understand(self) -> None:
         """Move what can be understood of `_raw` to `_body`. Raises ValueError."""
-        if not self.status and not self._read_head():
+        if not self._status and not self._read_head():
             return
         while not self._ended:
             if self._chunked and self._left == 0:
@@ -238,7 +211,6 @@ class _Connection(asyncio.Protocol):
             data = self._raw if self._left is None else self._raw[: self._left]
             if data:
                 self._body.append(data)
-                self._held += len(data)
                 self._raw = self._raw[len(data) :]
             if self._left is None:
                 return
@@ -258,7 +230,7 @@ class _Connection(asyncio.Protocol):
         if 100 <= code < 200:  # an interim reply: the one that counts follows
             return self._read_head()
         self._ended = code in (204, 304) or (not self._chunked and self._left == 0)
-        self.status = code
+        self._status = code
         return True
 
     def _read_chunk_head(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -93,7 +92,9 @@ def run(
                 if chat
                 else one.stream_completion("hi", sampling_, **options)
             )
-            return [chunk async for chunk in stream], stream
+            chunks: list[Chunk] = []
+            await stream.each(chunks.append)
+            return chunks, stream
 
     return asyncio.run(main())
 
@@ -271,8 +272,7 @@ def test_a_stream_that_breaks_off_is_a_countable_failure_and_not_repeated(ending
 
     async def main() -> None:
         async with client(replies) as one:
-            async for chunk in one.stream_completion("hi", Sampling()):
-                seen.append(chunk.text)
+            await one.stream_completion("hi", Sampling()).each(lambda chunk: seen.append(chunk.text))
 
     with pytest.raises(StreamDropped, match=message) as caught:
         asyncio.run(main())
@@ -287,8 +287,7 @@ def test_an_error_event_breaks_the_stream(event: str) -> None:
 
         async def main(body: list[bytes] = body, seen: list[str] = seen) -> None:
             async with client(Replies(ok(*body))) as one:
-                async for chunk in one.stream_completion("hi", Sampling()):
-                    seen.append(chunk.text)
+                await one.stream_completion("hi", Sampling()).each(lambda chunk: seen.append(chunk.text))
 
         with pytest.raises(StreamDropped, match=r"engine died|no JSON|no object"):
             asyncio.run(main())
@@ -319,18 +318,14 @@ def test_other_refusals_are_not_repeated() -> None:
         run(Replies(httpx.Response(500, text="maximum context length is a string in a traceback")))
 
 
-def test_closing_closes_the_connection() -> None:
+def test_having_had_enough_closes_the_connection() -> None:
     body = Body(sse(choice("a"), choice("b"), choice("c", finish_reason="stop")))
 
     async def main() -> None:
         async with client(Replies(httpx.Response(200, stream=body))) as one:
-            async with contextlib.aclosing(one.stream_completion("hi", Sampling())) as stream:
-                async for _ in stream:
-                    break
-                assert not body.closed
-            assert body.closed
-            with pytest.raises(StopAsyncIteration):
-                await anext(stream)
+            seen = []
+            await one.stream_completion("hi", Sampling()).each(lambda chunk: seen.append(chunk.text) or True)
+            assert seen == ["a"] and body.closed
 
     asyncio.run(main())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from omr.chunks import Chunk
 from omr.client import Client, Completion
 from omr.errors import RequestError, StreamDropped
 from omr.sampling import Sampling
@@ -169,32 +170,6 @@ def test_what_is_no_http_is_a_failed_request(reply: bytes) -> None:
         complete(talk)
 
 
-def test_a_body_that_nobody_reads_is_not_hoarded() -> None:
-    """The connection is read no further until somebody reads the body; then all of it comes."""
-    sent = 0
-
-    async def talk(wire: Wire) -> None:
-        nonlocal sent
-        await wire.request()
-        await wire.send(CHUNKED)
-        for _ in range(200):
-            await wire.chunk(event("y" * 100_000))
-            sent += 1
-        await wire.chunk(END)
-        await wire.send(b"0\r\n\r\n")
-
-    async def main() -> None:
-        async with serving(talk) as (client, _):
-            stream = client.stream_completion("hi", Sampling())
-            total = len((await anext(stream)).text)
-            await asyncio.sleep(0.3)
-            assert sent < 150
-            total += len((await stream.read()).text)
-            assert total == 20_000_000
-
-    asyncio.run(main())
-
-
 @pytest.mark.parametrize("how", ["reset", "chunked", "length", "silence"])
 def test_a_stream_broken_on_the_wire_is_dropped(how: str) -> None:
     async def talk(wire: Wire) -> None:
@@ -257,12 +232,14 @@ def test_a_refusal_carries_its_status_and_the_connection_lives() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("how", ["close", "cancel"])
-def test_giving_up_a_stream_closes_its_connection_at_once(how: str) -> None:
-    gone = asyncio.Event
+class Odd(Exception):
+    pass
 
+
+@pytest.mark.parametrize("how", ["enough", "cancel", "raise"])
+def test_giving_up_a_stream_closes_its_connection_at_once(how: str) -> None:
     async def main() -> None:
-        left = gone()
+        heard, left = asyncio.Event(), asyncio.Event()
 
         async def talk(wire: Wire) -> None:
             await wire.request()
@@ -271,18 +248,40 @@ def test_giving_up_a_stream_closes_its_connection_at_once(how: str) -> None:
             assert await wire.reader.read() == b""  # the end of the client's side
             left.set()
 
+        def take(chunk: Chunk) -> bool:
+            assert chunk.text == "on and on"
+            heard.set()
+            if how == "raise":
+                raise Odd
+            return how == "enough"
+
         async with serving(talk) as (client, _):
-            stream = client.stream_completion("hi", Sampling())
-            assert (await anext(stream)).text == "on and on"
-            if how == "close":
-                await stream.aclose()
+            task = asyncio.create_task(client.stream_completion("hi", Sampling()).each(take))
+            await heard.wait()
+            if how == "enough":
+                await task
             else:
-                task = asyncio.create_task(stream.read())
-                await asyncio.sleep(0.01)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
+                if how == "cancel":
+                    task.cancel()
+                with pytest.raises(asyncio.CancelledError if how == "cancel" else Odd):
                     await task
             async with asyncio.timeout(0.3):
                 await left.wait()
+
+    asyncio.run(main())
+
+
+def test_enough_in_the_last_event_keeps_the_connection() -> None:
+    async def talk(wire: Wire) -> None:
+        while True:
+            await wire.request()
+            body = event("x", finish_reason="stop") + b"data: [DONE]\n\n"
+            await wire.send(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+
+    async def main() -> None:
+        async with serving(talk) as (client, wires):
+            for _ in range(3):
+                await client.stream_completion("hi", Sampling()).each(lambda chunk: True)
+            assert len(wires) == 1
 
     asyncio.run(main())

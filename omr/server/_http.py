@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omr.errors import ConfigError, InputError, OmrError, UserError
+from omr.interrupt import in_loop
 from omr.option import discover, from_fields
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: ResourceError: port {spec.port} on {spec.host} cannot be used ({error.strerror})", flush=True)
         return 1
     spec.port = sock.getsockname()[1]
-    return asyncio.run(serve(spec, sock))
+    return in_loop(serve(spec, sock))
 
 
 if __name__ == "__main__":

@@ -140,9 +140,6 @@ class Reply(Response):
         timer: asyncio.TimerHandle | None = None
         try:
             async for touched in steps:
-                if not is_open:
-                    await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
-                    is_open = True
                 unsent |= {s.id: s for s in touched}
                 now_s = loop.time()
                 if now_s < due_s and all(s.started and not s.choice.finished for s in touched):
@@ -160,6 +157,9 @@ class Reply(Response):
                 if self._done and self._answer.body.include_usage:
                     events.append(self._answer.last(self._usage()))
                 if events:
+                    if not is_open:
+                        await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+                        is_open = True
                     await _send_events(send, events, last=self._done)
                     due_s = now_s + self._pause_s()
         except (EngineDead, Refused) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from omr.solve.completer import Completer
 from omr.solve.prompt import Message
 
 if TYPE_CHECKING:
+    from omr.chunks import Chunk
     from omr.client import Stream
 
 ATTEMPTS = 3
@@ -75,15 +75,10 @@ class Asker:
         started, clock = time.time(), time.perf_counter()
         written, error = 0, ""
         for attempt in range(ATTEMPTS):
-            pieces: list[str] = []
-            reason = None
+            chunks: list[Chunk] = []
             stream = self._open(messages, seed)
             try:
-                async with aclosing(stream):
-                    async for chunk in stream:
-                        pieces.append(chunk.text)
-                        written += chunk.num_tokens
-                        reason = chunk.finish_reason or reason
+                await stream.each(chunks.append)
             except ContextOverflow as overflow:  # the question is too long: that says nothing about the server
                 return Reply(seconds=time.perf_counter() - clock, started=started, error=str(overflow))
             except RequestError as failed:
@@ -93,10 +88,12 @@ class Asker:
                 if attempt + 1 < ATTEMPTS:
                     await asyncio.sleep(0.2 * 2**attempt)
                 continue
+            finally:
+                written += sum(chunk.num_tokens for chunk in chunks)
             self._failures = 0
             return Reply(
-                text="".join(pieces),
-                finish_reason=reason,
+                text="".join(chunk.text for chunk in chunks),
+                finish_reason=next((c.finish_reason for c in reversed(chunks) if c.finish_reason), None),
                 num_prompt_tokens=stream.num_prompt_tokens,
                 num_tokens=written,
                 seconds=time.perf_counter() - clock,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Completer(Protocol):
-    """Closing a stream cancels the request on the server."""
+    """Cancelling a stream's `each` cancels the request on the server."""
 
     def stream_completion(
         self, prompt: str, sampling: Sampling, *, stop: list[str], max_tokens: int, seed: int

@@ -17,9 +17,9 @@ A reasoning model's separate `reasoning_content` goes to the transcript, and nei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from omr.chunks import Chunk
 from omr.errors import ContextOverflow, RequestError
 from omr.sandbox import Outcome, SandboxClient
 from omr.solve.completer import Completer, round_seed
@@ -90,32 +90,36 @@ class ToolChat(Transcript):
             tool_choice="none" if tools and spent else None,
         )
         first: float | None = None
-        tokens, reason, tail = 0, None, ""
+        tokens, tail = 0, ""
+        reason: str | None = None
         found: Finish | None = None
         pieces: list[str] = []
         thought: list[str] = []
         gathered = CallPieces()
+
+        def take(chunk: Chunk) -> bool:
+            nonlocal first, tokens, reason, tail, found
+            if first is None and (chunk.num_tokens or chunk.text or chunk.tool_calls or chunk.reasoning):
+                first = chunk.time - self._clock
+            tokens += chunk.num_tokens
+            self.num_tokens += chunk.num_tokens
+            reason = chunk.finish_reason or reason
+            if chunk.reasoning:
+                thought.append(chunk.reasoning)
+            if chunk.tool_calls:
+                gathered.add(chunk.tool_calls)
+            if chunk.text:
+                pieces.append(chunk.text)
+                if self.watch:
+                    self.watch(chunk.text)
+                tail = tail[-256:] + chunk.text
+                ends = self._ends_here(pieces, tail, chunk.text, start, None)
+                if ends != "tag":
+                    found = ends
+            return found is not None
+
         try:
-            async with aclosing(stream):
-                async for chunk in stream:
-                    if first is None and (chunk.num_tokens or chunk.text or chunk.tool_calls or chunk.reasoning):
-                        first = chunk.time - self._clock
-                    tokens += chunk.num_tokens
-                    self.num_tokens += chunk.num_tokens
-                    reason = chunk.finish_reason or reason
-                    if chunk.reasoning:
-                        thought.append(chunk.reasoning)
-                    if chunk.tool_calls:
-                        gathered.add(chunk.tool_calls)
-                    if chunk.text:
-                        pieces.append(chunk.text)
-                        if self.watch:
-                            self.watch(chunk.text)
-                        tail = tail[-256:] + chunk.text
-                        ends = self._ends_here(pieces, tail, chunk.text, start, None)
-                        if ends and ends != "tag":
-                            found = ends
-                            break
+            await stream.each(take)
         finally:
             self.text += "".join(pieces)
             event = self._wrote(stream, start, sent, first, tokens, reason, seed)

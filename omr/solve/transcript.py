@@ -20,10 +20,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from omr.chunks import Chunk
 from omr.errors import ContextOverflow, OmrError, RequestError
 from omr.sampling import Sampling
 from omr.sandbox import Outcome, SandboxClient, Session
@@ -189,36 +189,36 @@ class Transcript:
         end = tags.end if tags else ""
         start, sent = len(self.text), self._now()
         first: float | None = None
-        tokens, reason, named = 0, None, None
+        tokens = 0
+        reason: str | None = None
+        named: Any = None
         found: Finish | Literal["tag"] | None = None
         pieces: list[str] = []
         tail = ""
         seed = round_seed(self.seed, self.rounds)
         self.rounds += 1
         stream = client.stream_completion(
-            self.prompt + self.text,
-            self.sampling,
-            stop=[end] if end else [],
-            max_tokens=room,
-            seed=seed,
+            self.prompt + self.text, self.sampling, stop=[end] if end else [], max_tokens=room, seed=seed
         )
+
+        def take(chunk: Chunk) -> bool:
+            nonlocal first, tokens, reason, named, tail, found
+            if first is None and (chunk.num_tokens or chunk.text):
+                first = chunk.time - self._clock
+            tokens += chunk.num_tokens
+            self.num_tokens += chunk.num_tokens
+            reason = chunk.finish_reason or reason
+            named = chunk.stop_reason if chunk.stop_reason is not None else named
+            if chunk.text:
+                pieces.append(chunk.text)
+                if self.watch:
+                    self.watch(chunk.text)
+                tail = tail[-256:] + chunk.text
+                found = self._ends_here(pieces, tail, chunk.text, start, tags)
+            return found is not None
+
         try:
-            async with aclosing(stream):
-                async for chunk in stream:
-                    if first is None and (chunk.num_tokens or chunk.text):
-                        first = chunk.time - self._clock
-                    tokens += chunk.num_tokens
-                    self.num_tokens += chunk.num_tokens
-                    reason = chunk.finish_reason or reason
-                    named = chunk.stop_reason if chunk.stop_reason is not None else named
-                    if chunk.text:
-                        pieces.append(chunk.text)
-                        if self.watch:
-                            self.watch(chunk.text)
-                        tail = tail[-256:] + chunk.text
-                        found = self._ends_here(pieces, tail, chunk.text, start, tags)
-                        if found:
-                            break
+            await stream.each(take)
         finally:
             self.text += "".join(pieces)
             event = self._wrote(stream, start, sent, first, tokens, reason, seed)

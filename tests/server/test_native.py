@@ -182,17 +182,34 @@ def test_sixteen_sampled_streams_do_not_mix_and_seeds_reproduce(model: Any, toke
     serve(model, tokenizer, test, speculate=True)
 
 
+def reading(client: Client, sampling: Sampling, count: int) -> tuple[list[asyncio.Task[Any]], list[asyncio.Event]]:
+    """Tasks that read a stream each and give its finish reason; events that are set by the first chunk."""
+    begun = [asyncio.Event() for _ in range(count)]
+
+    async def read(seed: int) -> Any:
+        reasons: list[Any] = []
+
+        def take(chunk: Any) -> None:
+            begun[seed].set()
+            reasons.append(chunk.finish_reason)
+
+        await client.stream_completion("go", sampling, seed=seed).each(take)
+        return next(reason for reason in reversed(reasons) if reason)
+
+    return [asyncio.create_task(read(seed)) for seed in range(count)], begun
+
+
 def test_closing_a_stream_frees_the_engine(model: Any, tokenizer: Any) -> None:
     endless = dataclasses.replace(GREEDY, temperature=1.0, max_tokens=250)
 
     async def test(client: Client, server: Live, engine: Engine) -> None:
         for _ in range(3):
-            async with contextlib.AsyncExitStack() as stack:
-                streams = [client.stream_completion("go", endless, seed=s) for s in range(12)]
-                for stream in streams:
-                    await stack.enter_async_context(contextlib.aclosing(stream))
-                await asyncio.gather(*(anext(stream) for stream in streams[:8]))
-                assert engine.num_unfinished > 0
+            requests, begun = reading(client, endless, 12)
+            await asyncio.gather(*(event.wait() for event in begun[:8]))
+            assert engine.num_unfinished > 0
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
             await emptied(engine)
             assert server.thread.num_open == 0
 
@@ -334,13 +351,13 @@ def test_sigterm_ends_open_streams_and_the_process_quickly(model_folder: Path, t
                     await client.models()
                     break
                 await asyncio.sleep(0.1)
-            streams = [client.stream_completion("go", endless, seed=s) for s in range(4)]
-            await asyncio.gather(*(anext(stream) for stream in streams))
+            requests, begun = reading(client, endless, 4)
+            await asyncio.gather(*(event.wait() for event in begun))
             start = time.perf_counter()
             child.send_signal(signal.SIGTERM)
-            for stream in streams:
+            for request in requests:
                 with contextlib.suppress(StreamDropped):
-                    assert (await stream.read()).finish_reason in ("abort", "stop", "length")
+                    assert await request in ("abort", "stop", "length")
             await asyncio.to_thread(child.wait, 10)
             assert time.perf_counter() - start < 6
 

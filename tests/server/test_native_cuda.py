@@ -85,9 +85,11 @@ async def _close_and_count(endpoint: Endpoint, server: Native) -> None:
         assert counts is not None and counts.drafts > 10 and counts.draft_tokens == 3 * counts.drafts
         assert counts.accepted_tokens == sum(counts.accepted_per_pos)
         stream = client.stream_chat(ASKED[0], Sampling(temperature=5.0, top_p=1.0, max_tokens=200))
-        await anext(stream)
+        begun = asyncio.Event()
+        request = asyncio.create_task(stream.each(lambda chunk: begun.set()))
+        await begun.wait()
         assert _gauge(await client.metrics(), "num_requests_running") == 1
-        await stream.aclose()
+        request.cancel()
         start = time.monotonic()
         while _gauge(await client.metrics(), "num_requests_running"):
             assert time.monotonic() - start < 5

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +87,14 @@ class ScriptedClient:
         else:
             self.script = iter(self.script)
             reply = next(self.script)
-        stream = Stream(self._stream(request, reply))  # type: ignore[arg-type]
+
+        async def each(stream: Stream, take: Callable[[Any], bool | None]) -> None:
+            async with aclosing(self._stream(request, reply)) as pieces:
+                async for piece in pieces:
+                    if take(piece):
+                        break
+
+        stream = Stream(each)
         stream.reader.num_prompt_tokens = reply.prompt_tokens
         return stream
 
