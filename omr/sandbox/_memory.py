@@ -1,8 +1,8 @@
 """Memory of a whole process tree, watched from outside.
 
 Resource limits count one process at a time. A shell session may start several, so its owner adds them up while it runs,
-a few times a second, and kills it when the sum passes the limit. Anonymous memory is what counts: pages of programs and
-libraries are shared, and files of the scratch folder have their own limit.
+a few times a second, and kills it when the sum passes the limit. Anonymous memory is what counts, swapped or not: pages
+of programs and libraries are shared, files of the scratch folder have their own limit, shared maps are refused.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 
 _PERIOD_S = 0.1
+_ANONYMOUS = ("RssAnon:", "VmSwap:", "HugetlbPages:")
 
 
 async def guard_memory(pidfd: int, limit_bytes: int) -> None:
@@ -56,9 +57,6 @@ def _pid_of(pidfd: int) -> int:
 def _anonymous_bytes(pid: int) -> int:
     try:
         with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
-            for line in status:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) * 1024
+            return sum(int(line.split()[1]) * 1024 for line in status if line.startswith(_ANONYMOUS))
     except (OSError, ValueError, IndexError):
-        pass  # it ended meanwhile
-    return 0
+        return 0  # it ended meanwhile

@@ -7,7 +7,8 @@ What is not named is refused with EPERM, so code sees an ordinary PermissionErro
 - calls with one harmless use are allowed for it alone: clone makes threads, kill reaches only the process itself,
   sendto has no address, socketpair is a unix stream (asyncio's self-pipe), ioctl asks about terminals.
 
-Two kinds of session differ: `python` may not start processes; `shell` may fork and exec what the file system offers.
+Two kinds of session differ: `python` may not start processes; `shell` may fork and exec what the file system offers. It
+may not map memory shared: such pages stay when no process has them mapped in, so that no count would find them.
 
 Without a root of its own, a session may not change modes and times of files: Landlock does not cover those.
 
@@ -51,6 +52,7 @@ _NUMBER, _ARCH = 0, 4
 _X32_BIT = 0x40000000
 _CLONE_THREAD = 0x00010000
 _CLONE_NAMESPACES = 0x7E020000
+_MAP_SHARED = 1  # and MAP_SHARED_VALIDATE, which has that bit too
 _MODE_FILTER, _SPEC_ALLOW = 1, 4
 
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
@@ -107,6 +109,8 @@ def _special(kind: str, own_pid: int | None, own_space: bool) -> dict[str, list[
         rules["kill"] = rules["tgkill"] = [_PASS]
     else:
         rules["kill"] = rules["tgkill"] = _one_of(0, (own_pid,))
+    if kind == "shell":
+        rules["mmap"] = [_low(3), (_JSET, 0, 1, _MAP_SHARED), _REFUSE, _PASS]
     if kind == "shell" and own_space:  # elsewhere the process group is what gets killed at the end
         rules["setsid"] = rules["setpgid"] = [_PASS]
     return rules

@@ -75,6 +75,14 @@ ATTACKS = [
         "if 'canary' in open('h').read(): print('BREACHED')\n",
     ),
     Attack(1, "home", "import os\nif os.listdir(os.path.dirname(CANARY)): print('BREACHED')"),
+    Attack(1, "root_of_another", "if 'canary' in open(f'/proc/{OWNER}/root{CANARY}').read(): print('BREACHED')"),
+    Attack(
+        1,
+        "file_handle",
+        _SYSCALL + "handle = ctypes.create_string_buffer(b'\\x80\\0\\0\\0' + bytes(132))\n"
+        "syscall(SYS['name_to_handle_at'], -100, b'/usr', handle, ctypes.create_string_buffer(4), 0)\n"
+        "print('BREACHED')\n",
+    ),
     # 2 ------------------------------------------------------------------------ the owner's environment and secrets
     Attack(2, "environ", "import os\nif SECRET in str(dict(os.environ)): print('BREACHED')"),
     Attack(2, "own_environ_file", "if SECRET in open('/proc/self/environ').read(): print('BREACHED')"),
@@ -133,6 +141,12 @@ ATTACKS = [
     Attack(5, "lookup", "import socket\nif socket.getaddrinfo('localhost', 80): print('BREACHED')"),
     Attack(5, "raw", "import socket\nsocket.socket(2, 3, 1)\nprint('BREACHED')", root_only=True),
     Attack(5, "netlink", "import socket\nsocket.socket(16, 3, 0).bind((0, 0))\nprint('BREACHED')"),
+    Attack(5, "packet", "import socket\nsocket.socket(17, 3, 0)\nprint('BREACHED')", root_only=True),
+    Attack(
+        5,
+        "abstract_listener",
+        "import os, socket\nsocket.socket(1, 1).bind(f'\\0omr-{os.getpid()}')\nprint('BREACHED')",
+    ),
     Attack(
         5,
         "datagram_pair",
@@ -149,6 +163,20 @@ ATTACKS = [
     Attack(6, "exec", "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'], check=True)\nprint('BREACHED')"),
     Attack(6, "exec_self", "import os, sys\nos.execv('/bin/echo', ['echo', 'BREACHED'])", timeout_s=5),
     Attack(6, "spawn", "import os\nos.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)\nprint('BREACHED')"),
+    Attack(
+        6,
+        "exec_of_memory",
+        "import os\nfd = os.memfd_create('x')\nos.write(fd, open('/bin/echo', 'rb').read())\n"
+        "os.execve(fd, ['echo', 'BREACHED'], {})\n",
+        timeout_s=5,
+    ),
+    Attack(
+        6,
+        "exec_of_scratch",
+        "import os\nopen('x.sh', 'w').write('#!/bin/sh\\necho BREACHED\\n')\nos.chmod('x.sh', 0o755)\n"
+        "os.execv('./x.sh', ['x'])\n",
+        timeout_s=5,
+    ),
     Attack(
         6,
         "raw_clone",
@@ -181,6 +209,20 @@ ATTACKS = [
         "os.truncate(fd, 1 << 20)\nprint('BREACHED')\n",
     ),
     Attack(7, "sysv", _SYSCALL + "syscall(SYS['shmget'], 0, 1 << 20, 0o1600)\nprint('BREACHED')"),
+    Attack(7, "sysv_queue", _SYSCALL + "syscall(SYS['msgget'], 0, 0o1600)\nprint('BREACHED')"),
+    Attack(7, "sysv_semaphores", _SYSCALL + "syscall(SYS['semget'], 0, 1, 0o1600)\nprint('BREACHED')"),
+    Attack(
+        7,
+        "posix_queue",
+        _SYSCALL
+        + "name = f'omr-{os.getpid()}'.encode()\nsyscall(SYS['mq_open'], name, 0o102, 0o600, 0)\nprint('BREACHED')",
+    ),
+    Attack(
+        7,
+        "zeroes_shared",
+        "import mmap, os\nfd = os.open('/dev/zero', os.O_RDWR)\nx = [mmap.mmap(fd, 100 << 20) for _ in range(7)]\n"
+        "print('BREACHED')\n",
+    ),
     Attack(7, "pipes", "import fcntl, os\nfcntl.fcntl(os.pipe()[1], 1031, 1 << 20)\nprint('BREACHED')"),
     Attack(7, "list", "x = []\nfor _ in range(70):\n    x.append(bytes(10 << 20))\nprint('BREACHED')", timeout_s=8),
     # 8 ------------------------------------------------------------------------------- disk, inodes, descriptors
@@ -200,6 +242,19 @@ ATTACKS = [
         "        open(f'many/{i}', 'w').close()\n    print('BREACHED')\nfinally:\n    shutil.rmtree('many')\n",
     ),
     Attack(8, "descriptors", "import os\nx = [os.open('/dev/null', 0) for _ in range(300)]\nprint('BREACHED')"),
+    Attack(
+        8,
+        "hard_links",
+        "import os, shutil\nos.makedirs('links', exist_ok=True)\ntry:\n    open('links/0', 'w').close()\n"
+        "    for i in range(1, 3000): os.link('links/0', f'links/{i}')\n    print('BREACHED')\n"
+        "finally:\n    shutil.rmtree('links')\n",
+    ),
+    Attack(
+        8,
+        "symbolic_links",
+        "import os, shutil\nos.makedirs('links', exist_ok=True)\ntry:\n    for i in range(3000):\n"
+        "        os.symlink('x' * 4000, f'links/{i}')\n    print('BREACHED')\nfinally:\n    shutil.rmtree('links')\n",
+    ),
     Attack(8, "pipes", "import os\nx = [os.pipe() for _ in range(200)]\nprint('BREACHED')"),
     # 9 --------------------------------------------------------------------------------------------- endless work
     Attack(9, "loop", "while True: pass", proof="hang", timeout_s=0.3),
@@ -266,6 +321,52 @@ ATTACKS = [
     Attack(11, "chroot", "import os\nos.chroot('.')\nprint('BREACHED')", root_only=True),
     Attack(11, "personality", _SYSCALL + "syscall(SYS['personality'], 0x0040000)\nprint('BREACHED')"),
     Attack(11, "keyring", _SYSCALL + "syscall(SYS['keyctl'], 0, -4, 1)\nprint('BREACHED')"),
+    Attack(11, "add_key", _SYSCALL + "syscall(SYS['add_key'], b'user', b'omr', b'x', 1, -2)\nprint('BREACHED')"),
+    Attack(11, "trace_me", _SYSCALL + "syscall(SYS['ptrace'], 0, 0, 0, 0)\nprint('BREACHED')"),
+    Attack(11, "page_faults", _SYSCALL + "syscall(SYS['userfaultfd'], 1)\nprint('BREACHED')"),
+    Attack(11, "aio", _SYSCALL + "syscall(SYS['io_setup'], 8, ctypes.byref(ctypes.c_long(0)))\nprint('BREACHED')"),
+    Attack(
+        11,
+        "bpf_map",
+        _SYSCALL + "import struct\nattr = ctypes.create_string_buffer(struct.pack('=4I', 2, 4, 4, 1) + bytes(56))\n"
+        "syscall(SYS['bpf'], 0, attr, 72)\nprint('BREACHED')\n",
+        root_only=True,
+    ),
+    Attack(11, "watch_files", _SYSCALL + "syscall(SYS['inotify_init1'], 0)\nprint('BREACHED')"),
+    Attack(
+        11,
+        "posix_timer",
+        _SYSCALL + "syscall(SYS['timer_create'], 1, 0, ctypes.create_string_buffer(8))\nprint('BREACHED')",
+    ),
+    Attack(
+        11,
+        "splice",
+        _SYSCALL
+        + "r, w = os.pipe()\nos.write(w, b'x')\nsyscall(SYS['splice'], r, 0, os.pipe()[1], 0, 1, 0)\nprint('BREACHED')",
+    ),
+    Attack(
+        11, "signals_of_descriptor", "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 8, os.getpid())\nprint('BREACHED')"
+    ),
+    Attack(11, "affinity", "import os\nos.sched_setaffinity(0, os.sched_getaffinity(0))\nprint('BREACHED')"),
+    Attack(
+        11,
+        "core_file",
+        "import resource\nresource.setrlimit(resource.RLIMIT_CORE, (1, 1))\nprint('BREACHED')",
+        root_only=True,
+    ),
+    Attack(
+        11,
+        "host_name",
+        _SYSCALL
+        + "syscall(SYS['sethostname'], os.uname().nodename.encode(), len(os.uname().nodename))\nprint('BREACHED')",
+        root_only=True,
+    ),
+    Attack(
+        11,
+        "kernel_log",
+        _SYSCALL + "syscall(SYS['syslog'], 3, ctypes.create_string_buffer(9), 8)\nprint('BREACHED')",
+        root_only=True,
+    ),
     Attack(
         11,
         "io_uring",

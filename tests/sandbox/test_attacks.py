@@ -17,7 +17,7 @@ from omr.sandbox._session import LocalSession
 from .attacks import ATTACKS, CATEGORIES, Attack
 from .host import Host, limits, run_bare, secret_in_environment
 
-WITHOUT_NAMESPACES = {"inodes"}
+WITHOUT_NAMESPACES = {"inodes", "hard_links", "symbolic_links"}
 """What the landlock tier is documented not to hold: no quota on the scratch folder but the size of a file."""
 
 

@@ -135,6 +135,15 @@ def test_arguments_decide(arch: str) -> None:
         *(ALLOW, ALLOW, EPERM, EPERM, EPERM)
     ]
     assert call("socketpair", 2, stream) == EPERM
+    private, shared, validated, anonymous = 2, 1, 3, 0x20
+    shell = Filter(arch, "shell")
+    for flags, result in (
+        (private, ALLOW),
+        (private | anonymous, ALLOW),
+        (shared | anonymous, EPERM),
+        (validated, EPERM),
+    ):
+        assert (call("mmap", 0, 1, 3, flags), shell("mmap", 0, 1, 3, flags)) == (ALLOW, result)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -409,6 +410,27 @@ def test_a_shell_cannot_add_up_memory(run: Run) -> None:
     (outcome,) = run("\n".join(f"{hog} &" for _ in range(8)) + "\nwait", kind="shell", timeout_s=30.0)
     assert outcome.status == "error" and outcome.state_lost
     assert outcome.seconds < 25
+
+
+SHARED = """
+cat > hog.py <<'END'
+import mmap, os, sys, time
+memory = mmap.mmap(os.open('/dev/zero', os.O_RDWR) if sys.argv[1] == 'zero' else -1, 150 << 20)
+for page in range(0, len(memory), 4096):
+    memory[page] = 1
+memory.madvise(mmap.MADV_DONTNEED)  # no longer among the process's pages, and still the machine's
+print('BREACHED')
+END
+python3 hog.py zero; python3 hog.py anonymous
+"""
+
+
+@pytest.mark.slow
+def test_a_shell_cannot_hold_memory_that_no_process_is_charged_for(run: Run, tmp_path: Path) -> None:
+    bare = subprocess.run(["/bin/sh", "-c", SHARED], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert bare.stdout.count("BREACHED") == 2, bare.stderr
+    (outcome,) = run(SHARED, kind="shell", timeout_s=30.0)
+    assert "BREACHED" not in outcome.stdout and "Operation not permitted" in outcome.stderr
 
 
 @pytest.mark.slow
