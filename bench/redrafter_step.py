@@ -7,7 +7,10 @@ The models are those of the reference measurement of Apple's package (8 layers, 
 drafter with rnn, 2 layers, E 1024, 11.0 M; prompt 64, greedy, one thread), where a 1x4 step took 2.2 to 2.8
 autoregressive steps and a 4x4 step 3.2 to 4.6. Acceptance is near 0 with random weights; a step costs the same whatever
 is accepted. Every repeat runs all variants in turn; a figure is the median over repeats of the ratio of medians of CPU
-time per step. The byte floor counts each weight read once per product: base once, drafter once per drafted token.
+time per step. Two floors stand beside it. The byte floor counts each weight read once per product: base once, drafter
+once per drafted token. The product floor is the verification's bare matrix products, for as many rows as the step had,
+timed in the same turns: what is left of a step without attention, drafts and all the rest. Where a batch verifies many
+rows it is arithmetic that binds, and no draft head, however small, brings a step below it.
 
 `--apple` runs that package (github.com/apple/ml-recurrent-drafter, with the transformers 4.45.2 it was written for) in
 the same process on the same base and drafter weights, in turn with ours; its ratio is to its own autoregressive loop.
@@ -26,6 +29,7 @@ from omr.drafter._redrafter_chain import draft_model
 from omr.engine.engine import Engine
 from omr.engine.request import Request
 from omr.nn.config import DecoderConfig
+from omr.nn.decoder import Batch, Decoder
 from omr.nn.redrafter import Redrafter, RedrafterConfig
 from omr.nn.transformer import Transformer
 
@@ -64,17 +68,42 @@ def read_bytes(made: Redrafter, beams: int, *, eight: bool) -> int:
     return recurrence + rest * (1 if eight else 4)
 
 
-def step_ms(model: Transformer, draft: DraftModel | None, batch: int, steps: int) -> float:
-    """Median CPU milliseconds of a decode step of `batch` sequences."""
+def step_ms(model: Transformer, draft: DraftModel | None, batch: int, steps: int) -> tuple[float, int]:
+    """Median CPU milliseconds of a decode step of `batch` sequences, and the rows of its forward."""
     engine = Engine(model, max_batch_size=batch, kv_cache_tokens=batch * 512, draft=draft, prefix_caching=False)
     for i in range(batch):
         engine.add(Request(id=str(i), prompt_ids=list(range(i, i + PROMPT)), max_tokens=400, ignore_eos=True))
     while not all(seq.decoding for seq in engine.scheduler.running) or engine.num_waiting or not engine.num_running:
         engine.step()
+    decoder, rows = engine.runner.decoder, []
+    forward = decoder.forward
+
+    def counted(tokens: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
+        rows.append(len(tokens))
+        return forward(tokens, positions, batch)
+
+    decoder.forward = counted
     times = []
     for _ in range(steps):
         start = time.process_time()
         engine.step()
+        times.append(time.process_time() - start)
+    return statistics.median(times[1:]) * 1e3, statistics.median_low(rows)
+
+
+@torch.inference_mode()
+def products_ms(decoder: Decoder, rows: int, steps: int) -> float:
+    """Median CPU milliseconds of the matrix products of one forward of `rows` tokens, logits included."""
+    hidden, inner = torch.randn(rows, H), torch.randn(rows, decoder.layers[0].down.in_features)
+    times = []
+    for _ in range(steps):
+        start = time.process_time()
+        for layer in decoder.layers:
+            layer.run_qkv(hidden)
+            layer.add_o(hidden, hidden)
+            layer.run_gate_up(hidden)
+            layer.add_down(hidden, inner)
+        decoder.run_head(hidden)
         times.append(time.process_time() - start)
     return statistics.median(times[1:]) * 1e3
 
@@ -151,29 +180,37 @@ def main() -> None:
                 key = (f"{name}, {'int8' if eight else 'float32'}", f"{beams}x{1 + DRAFTS}")
                 floors[key] = 1 + DRAFTS * read_bytes(made, beams, eight=eight) / base_bytes
                 variants[key] = draft_model(made, model.embed.weight, DRAFTS, num_beams=beams, in_eight_bit=eight)
-    print("| head | beams | batch | step, ms | ratio to plain | byte floor |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    decoder = Decoder(model, 1)
+    print("| head | beams | batch | step, ms | ratio to plain | rows | product floor | byte floor |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for batch in args.batch:
         plain: list[float] = []
         taken: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
+        bare: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
+        rows = dict.fromkeys(variants, 0)
         theirs: dict[int, list[float]] = {beams: [] for beams in (0, 1, 4)}
         for _ in range(args.repeats):
             for beams, times in theirs.items():
                 if apple:
                     times.append(apple.step_ms(beams, batch, args.steps))
-            plain.append(step_ms(model, None, batch, args.steps))
+            plain.append(step_ms(model, None, batch, args.steps)[0])
             for key, draft in variants.items():
-                taken[key].append(step_ms(model, draft, batch, args.steps))
-        print(f"| none | - | {batch} | {statistics.median(plain):.2f} | 1.00 | 1.00 |")
+                ms, rows[key] = step_ms(model, draft, batch, args.steps)
+                taken[key].append(ms)
+                bare[key].append(products_ms(decoder, rows[key], args.steps))
+        print(f"| none | - | {batch} | {statistics.median(plain):.2f} | 1.00 | {batch} | | 1.00 |")
         for key, times in taken.items():
-            ratio = statistics.median(a / b for a, b in zip(times, plain, strict=True))
+            ratio, floor = (
+                statistics.median(a / b for a, b in zip(part, plain, strict=True)) for part in (times, bare[key])
+            )
             print(
-                f"| {key[0]} | {key[1]} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} | {floors[key]:.2f} |"
+                f"| {key[0]} | {key[1]} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} | {rows[key]} | "
+                f"{floor:.2f} | {floors[key]:.2f} |"
             )
         for beams, times in theirs.items() if apple else ():
             ratio = statistics.median(a / b for a, b in zip(times, theirs[0], strict=True))
             name = f"{beams}x{1 + DRAFTS}" if beams else "autoregressive"
-            print(f"| Apple's package | {name} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} | |")
+            print(f"| Apple's package | {name} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} | | | |")
 
 
 if __name__ == "__main__":
