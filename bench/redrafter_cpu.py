@@ -66,14 +66,16 @@ def main() -> None:
     drafts = {
         "plain": None,
         "redrafter": Redrafter(adaptive=False, predict_n=trained).load(args.drafter, model),
+        "redrafter, whole drafts": Redrafter(adaptive=False, predict_n=trained, stop_below=0).load(args.drafter, model),
+        "redrafter, adaptive": Redrafter(predict_n=trained).load(args.drafter, model),
         "ngram": Ngram(adaptive=False).load(None, model),
         "ngram, adaptive": Ngram().load(None, model),
     }
-    print("| batch | drafter | tok per CPU-s | ratio to plain | accepted length | decode share of CPU |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| batch | drafter | tok per CPU-s | ratio to plain | accepted length | drafted | decode share of CPU |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for batch in args.batch:
         rates: dict[str, list[float]] = {name: [] for name in drafts}
-        lengths, shares, expected = {}, {}, None
+        lengths, drafted, shares, expected = {}, {}, {}, None
         for round_ in range(args.rounds + 1):  # the first warms up
             for name, draft in drafts.items():
                 engine = Engine(
@@ -87,10 +89,14 @@ def main() -> None:
                 shares[name] = decoding / total
                 counts = engine.counts
                 lengths[name] = 1 + counts.accepted_tokens / counts.drafts if counts.drafts else 1.0
+                drafted[name] = counts.draft_tokens / counts.drafts if counts.drafts else 0.0
         for name in drafts:
             ratio = statistics.median(a / b for a, b in zip(rates[name], rates["plain"], strict=True))
             rate = statistics.median(rates[name])
-            print(f"| {batch} | {name} | {rate:.0f} | {ratio:.2f} | {lengths[name]:.2f} | {shares[name]:.2f} |")
+            print(
+                f"| {batch} | {name} | {rate:.0f} | {ratio:.2f} | {lengths[name]:.2f} | {drafted[name]:.2f} | "
+                f"{shares[name]:.2f} |"
+            )
 
 
 if __name__ == "__main__":

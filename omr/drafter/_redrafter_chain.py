@@ -9,9 +9,10 @@ context alone is computed once per draft:
     head start     F_c c + f               per draft, added to F_s s at every step
 
 The numbers differ from `draft_chain` by rounding only, and no draft depends on batch mates. How many there are may: a
-draft goes on while it is likely to hold as a whole. With q_k the drafter's own probability of its k-th token, the batch
-stops after token k when the mean over its sequences of q_1 ... q_k is below `stop_below`: what came after would seldom
-be reached, and it costs a draft and a row of verification for every sequence.
+draft goes on while it is likely to hold as a whole. With q_k the drafter's own probability of its k-th token, a batch
+of B stops after token k when the mean over its sequences of q_1 ... q_k is below `stop_below` * 2 B / (B + 1): what
+came after would seldom be reached, and costs a draft and a row of verification for each. The bound rises with B because
+the first rows of a forward are nearly free (they wait for the weights) and those of a batch cost arithmetic.
 """
 
 from __future__ import annotations
@@ -208,7 +209,8 @@ class TabulatedChain:
         start = tables.start(hidden)
         x = torch.cat([hidden, hidden], dim=1)  # [c ; s]: every step writes s into it
         newest, drafts = tokens, []
-        holds = [1.0] * len(tokens)
+        holds, batch = [1.0] * len(tokens), len(tokens)
+        enough = self.stop_below * 2 * batch * batch / (batch + 1)
         for k in range(self.num_draft_tok):
             y = tables.advance(x, start, newest, first=k == 0)
             if choose is not None:
@@ -220,7 +222,7 @@ class TabulatedChain:
                 newest = tables.tokens(best)
                 holds = [held * chance for held, chance in zip(holds, chances.tolist(), strict=True)]
             drafts.append(newest)
-            if sum(holds) < self.stop_below * len(holds):
+            if sum(holds) < enough:
                 break
         return torch.stack(drafts, dim=1)
 

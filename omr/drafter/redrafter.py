@@ -157,9 +157,10 @@ class Redrafter(Drafter):
     """Tokens drafted per step when serving; null is predict_n, more is refused."""
     adaptive: bool = field(default=True, metadata={"content": False})
     """Draft only while that is faster than plain decoding, as measured while serving; output is the same either way."""
-    stop_below: float = field(default=0.2, metadata={"content": False})
-    """End a step's draft once the drafter gives it less than this chance to hold as a whole; 0 drafts to the end. For
-    greedy chains on CPU: elsewhere a draft of varying length costs more than it saves. Output is not affected."""
+    stop_below: float = field(default=0.25, metadata={"content": False})
+    """End a step's draft once the drafter gives it less than this chance to hold as a whole (of one sequence; towards
+    twice as much in a batch, where verifying costs more); 0 drafts to the end. For greedy chains on CPU: elsewhere a
+    draft of varying length costs more than it saves. Output is not affected."""
     sampled: bool = field(default=False, metadata={"content": False})
     """Draw the drafts of requests with temperature from the drafter's own law, verified by rejection. Output keeps the
     model's law but is no longer plain decoding's token for token. Greedy drafts are usually accepted more often."""
