@@ -96,8 +96,8 @@ class _Connection(asyncio.Protocol):
         self._status = 0
         """0 until the head is here."""
         self._left: int | None = 0
-        """Bytes to come of this chunk, or of the body; None until the connection ends."""
-        self._chunked = self._in_trailer = self._ended = self._enough = self._reusable = False
+        """Bytes to come of a body that is not chunked; None until the connection ends."""
+        self._chunked = self._ended = self._enough = self._reusable = False
 
     # what the wire asks
 
@@ -203,21 +203,15 @@ class _Connection(asyncio.Protocol):
         """Move what can be understood of `_raw` to `_body`. Raises ValueError."""
         if not self._status and not self._read_head():
             return
-        while not self._ended:
-            if self._chunked and self._left == 0:
-                if not self._read_chunk_head():
-                    return
-                continue
+        if self._chunked:
+            self._read_chunks()
+        elif self._raw and not self._ended:
             data = self._raw if self._left is None else self._raw[: self._left]
-            if data:
-                self._body.append(data)
-                self._raw = self._raw[len(data) :]
-            if self._left is None:
-                return
-            self._left -= len(data)
-            if self._left:
-                return
-            self._ended = not self._chunked
+            self._body.append(data)
+            self._raw = self._raw[len(data) :]
+            if self._left is not None:
+                self._left -= len(data)
+                self._ended = not self._left
 
     def _read_head(self) -> bool:
         head, found, rest = self._raw.partition(b"\r\n\r\n")
@@ -233,23 +227,32 @@ class _Connection(asyncio.Protocol):
         self._status = code
         return True
 
-    def _read_chunk_head(self) -> bool:
-        """The size of the next chunk, behind the end of the last one; or the trailer, at the end of all."""
-        if self._in_trailer:
-            line, found, rest = self._raw.partition(b"\r\n")
-            if found:
-                self._raw, self._ended = rest, not line
-            return bool(found)
-        raw = self._raw.removeprefix(b"\r\n")  # of the chunk before
-        line, found, rest = raw.partition(b"\r\n")
-        if not found:
-            if len(raw) > _MAX_HEAD_BYTES:
-                raise ValueError("a chunk without a size")
-            return False
-        self._left = int(line.partition(b";")[0], 16)
-        self._in_trailer = self._left == 0
-        self._raw = rest
-        return True
+    def _read_chunks(self) -> None:
+        """The whole chunks of `_raw`, and the trailer behind the last, which is empty."""
+        raw, at = self._raw, 0
+        while not self._ended:
+            line = raw.find(b"\r\n", at)
+            if line < 0:
+                if len(raw) - at > _MAX_HEAD_BYTES:
+                    raise ValueError("a chunk without a size")
+                break
+            size = int(raw[at:line].partition(b";")[0], 16)
+            if size < 0:
+                raise ValueError(f"a chunk of {size} bytes")
+            if size == 0:
+                end = raw.find(b"\r\n\r\n", line)
+                if end < 0:
+                    if len(raw) - line > _MAX_HEAD_BYTES:
+                        raise ValueError("a trailer without end")
+                    break
+                at, self._ended = end + 4, True
+            else:
+                end = line + 2 + size
+                if len(raw) < end + 2:
+                    break
+                self._body.append(raw[line + 2 : end])
+                at = end + 2
+        self._raw = raw[at:]
 
 
 @lru_cache(maxsize=16)

@@ -212,7 +212,7 @@ class LocalClient:
                 self._ahead.append(zygote.request(kind))
             while True:
                 try:
-                    data, fds, _, _ = socket.recv_fds(answer, 4096, 4)
+                    data, fds, _, _ = socket.recv_fds(answer, 4096, 4, socket.MSG_CMSG_CLOEXEC)
                     break
                 except BlockingIOError:
                     await readable(answer.fileno())

@@ -222,11 +222,10 @@ class Process:
 
     def __init__(self, fds: list[int], *, group: int, scratch: str, memory_bytes: int | None) -> None:
         control, stdout, stderr, self._pidfd = fds
-        for fd in (control, stdout, stderr):
-            os.set_inheritable(fd, False)
-            os.set_blocking(fd, False)
-        os.set_inheritable(self._pidfd, False)
-        self._control = socket.socket(fileno=control)
+        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, control)
+        self._control.setblocking(False)
+        os.set_blocking(stdout, False)
+        os.set_blocking(stderr, False)
         self._splitter = _frames.Splitter(_frames.FROM_SESSION)
         self._stdout, self._stderr = Drain(stdout), Drain(stderr)
         self._group = group

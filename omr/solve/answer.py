@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 MAX_CHARS = 2000
@@ -135,8 +136,12 @@ def _is_plain(text: str) -> bool:
     return len(text) < 1000 and text.isascii() and text.isdigit()
 
 
+@lru_cache(maxsize=1024)
 def vote_key(answer: str) -> str:
-    """The form under which equal answers meet in a vote: exact number if it is one, else undressed text."""
+    """The form under which equal answers meet in a vote: exact number if it is one, else undressed text.
+
+    Remembered, as every ballot of a problem is looked at again whenever another one comes.
+    """
     if _is_plain(answer):
         return str(int(answer))
     text = undress(answer)

@@ -12,6 +12,7 @@ the samples alone, never on which finished first, so a resumed or re-graded run 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -81,7 +82,10 @@ class Result:
 
 def majority(ballots: Sequence[Ballot], by: Weight = Weight.equal) -> Result:
     """The winner by weight; ties by `first_sample`. The order of `ballots` does not matter."""
-    groups = _groups(ballots)
+    return _winner(_groups(ballots), by)
+
+
+def _winner(groups: dict[str, list[Ballot]], by: Weight) -> Result:
     if not groups:
         return Result(answer=None, votes=0.0, runner_up=0.0, total=0.0, tied=False)
     weights = {key: sum(b.weight(by) for b in group) for key, group in groups.items()}
@@ -114,7 +118,8 @@ def is_decided(ballots: Sequence[Ballot], planned: int, by: Weight = Weight.equa
     16 planned, 8 equal votes of the samples 0 to 7 decide.
     """
     missing = sorted(set(range(planned)) - {ballot.sample for ballot in ballots})
-    result, groups = majority(ballots, by), _groups(ballots)
+    groups = _groups(ballots)
+    result = _winner(groups, by)
     if result.answer is None:
         return False
     lead = result.votes - result.runner_up - len(missing)
@@ -179,13 +184,13 @@ class StopPolicy:
         if remaining <= 0 or not (self.when_decided or self.agreement is not None):
             return remaining
         leader = majority(ballots, self.weight).answer or "the first answer"
-        hoped = list(ballots)
         missing = sorted(set(range(self.planned)) - {ballot.sample for ballot in ballots})
-        for more, sample in enumerate(missing[:-1], 1):
-            hoped.append(Ballot(sample=sample, answer=leader))
-            if self.reason(hoped):
-                return more
-        return remaining
+        hoped = [*ballots, *(Ballot(sample=sample, answer=leader) for sample in missing)]
+
+        def ends(more: int) -> bool:  # and then with still more of the leader's votes, too
+            return self.reason(hoped[: len(ballots) + more]) is not None
+
+        return bisect_left(range(1, remaining), True, key=ends) + 1
 
 
 class TimeBank:
