@@ -39,10 +39,12 @@ def write_text(
     code_tags: str,
     out: Path,
     min_rows: int,
+    source: str = "the source",
 ) -> int:
     """Write all `rows` (problem, solution) to the parquet file `out` and return how many there are.
 
-    Raises InputError, leaving no file, when fewer than `min_rows` have both a problem and a solution.
+    Raises InputError, which names `source`, leaving no file, when fewer than `min_rows` have both a problem and a
+    solution.
     """
     ask, tags = prompt_named(prompt), tags_named(code_tags)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -59,8 +61,8 @@ def write_text(
         if good < min_rows:
             also = f" ({empty} more had an empty problem or solution)" if empty else ""
             raise InputError(
-                f"found {good} of the {min_rows} rows of text wanted{also}; give a larger source in model.text, "
-                "or ask for fewer"
+                f"found {good} of the {min_rows} rows of text wanted in {source}{also}; give a larger source in "
+                "model.text, or ask for fewer"
             )
 
     return write_parquet(laid_out(), out)

@@ -141,6 +141,7 @@ def text(run: Run, rows: int, base: Made, *, use: str = "text") -> Made:
             code_tags=model.code_tags,
             out=out / "text.parquet",
             min_rows=rows,
+            source=model.text.path or model.text.hub or "the corpus",
         )
         return {"rows": written}
 

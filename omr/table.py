@@ -77,7 +77,8 @@ def _accuracy(metrics: Mapping[str, float]) -> str:
 
 
 def _origin(row: Row) -> str:
-    run = str(row["run_id"])[:8]
+    run = str(row["run_id"])
+    run = run if run == "untracked" else run[:8]
     return {"FINISHED": run, "SKIPPED": f"{run} (finished before)"}.get(row["status"], f"{run} {row['status']}")
 
 

@@ -171,7 +171,7 @@ def test_spans_that_do_not_fit_are_refused() -> None:
 def test_too_few_rows_leave_no_file(tokenizer_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "text.parquet"
     rows = [("p", "s"), ("", "s"), ("p", "  "), ("p", "s")]
-    with pytest.raises(InputError, match=r"found 2 of the 3 rows of text wanted \(2 more had an empty"):
+    with pytest.raises(InputError, match=r"found 2 of the 3 rows of text wanted in the source \(2 more had an empty"):
         write_text(rows, tokenizer_dir=tokenizer_dir, prompt="plain", code_tags="openmath", out=out, min_rows=3)
     assert list(out.parent.iterdir()) == []
 

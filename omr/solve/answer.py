@@ -93,7 +93,7 @@ def undress(answer: str) -> str:
     text = unwrap(answer)
     text = text.replace("\\$", "").replace("\\%", "%").replace("−", "-").replace("{,}", ",")
     text = re.sub(r"(?<=[0-9])\\,(?=[0-9]{3})", " ", text)  # 1\,234: the space of a thousands group
-    text = _SPACING.sub(" ", text)
+    text = re.sub(r"\s+", " ", _SPACING.sub(" ", text))  # again, for the patterns below
     if not _TRIG.search(text):
         text = _DEGREE.sub("", text)
     bare = _UNIT.sub("", text)
@@ -140,10 +140,13 @@ def _is_plain(text: str) -> bool:
 def vote_key(answer: str) -> str:
     """The form under which equal answers meet in a vote: exact number if it is one, else undressed text.
 
-    Remembered, as every ballot of a problem is looked at again whenever another one comes.
+    One longer than MAX_CHARS stands for itself, as in `settle`. Remembered, as every ballot of a problem is looked at
+    again whenever another one comes.
     """
     if _is_plain(answer):
         return str(int(answer))
+    if len(answer) > MAX_CHARS:
+        return answer.strip()
     text = undress(answer)
     value = number(text)
     if value is not None:

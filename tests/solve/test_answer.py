@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omr.solve.answer import last_boxed, number, settle, undress, vote_key
+from omr.solve.answer import MAX_CHARS, last_boxed, number, settle, undress, vote_key
 from omr.solve.grade import Grader, Verdict
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parents[1] / "data/grader_pairs.jsonl").read_text().splitlines()]
@@ -123,6 +123,40 @@ def test_answers_that_hang_or_crash_the_algebra_are_contained(grader: Grader, mo
     assert grader.grade_now("9^{9^{9^{9}}}", "5") == hung  # remembered, not tried again
     monkeypatch.setattr(grader, "timeout_s", 20)
     assert grader.grade_now("x+1", "1+x").equal  # a new worker took over
+
+
+JUNK = [
+    "~",
+    "\\,",
+    "\\quad",
+    " ",
+    "{",
+    "}",
+    "$",
+    "\\",
+    "\\text{",
+    "\\text{a}",
+    "1",
+    "1,",
+    "=",
+    "x=",
+    "^",
+    "°",
+    "(",
+    "A ",
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize("piece", JUNK)
+@pytest.mark.parametrize("around", ["{}", "\\boxed{{{}}}", "{}x"])
+def test_no_length_of_junk_holds_up_the_harness(piece: str, around: str) -> None:
+    """Votes are counted between events: what a model wrote must not take time that grows with its square."""
+    started = time.process_time()
+    vote_key(around.format(piece * (1_000_000 // len(piece))))
+    undress(around.format(piece * (MAX_CHARS // len(piece))))
+    settle(around.format(piece * (1_000_000 // len(piece))), "5")
+    assert time.process_time() - started < 2.0
 
 
 def test_grading_leaves_the_event_loop_free(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
