@@ -11,6 +11,8 @@ from omr.samples import SAMPLES
 from omr.solve.grade import Grader
 from omr.solve.vote import Weight
 
+SHOWN_CHARS = 60
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="omr regrade", description=__doc__)
@@ -32,10 +34,15 @@ def main(argv: list[str]) -> int:
     print(f"{len(rows)} samples of {len(records)} problems graded again; {len(changed)} verdicts changed")
     for row in changed[:20]:
         now = "right" if row["symbolic_correct"] else "wrong"
-        print(
-            f"  {row['id']} sample {row['sample']}: {row['predicted_answer']!r} is {now} for {row['expected_answer']!r}"
-        )
+        answer, expected = (_shown(row[side]) for side in ("predicted_answer", "expected_answer"))
+        print(f"  {row['id']} sample {row['sample']}: {answer} is {now} for {expected}")
     if "accuracy/pass_at_1" in metrics:
         print(f"pass@1 {100 * metrics['accuracy/pass_at_1']:.1f} %, vote {100 * metrics['accuracy/maj']:.1f} %")
     print(out)
     return 0
+
+
+def _shown(answer: str | None) -> str:
+    """At most a line: what a model boxed may be anything."""
+    text = ascii(answer)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}... ({len(text)} characters)"

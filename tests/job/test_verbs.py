@@ -97,11 +97,13 @@ def test_regrade_finds_changed_answers_and_keeps_the_rest(
     rows = intact_rows(run.folder / "samples.jsonl")
     for row in rows[:3]:
         row["expected_answer"] = "999"
+    rows[0]["generation"] = "\\boxed{" + "9" * 100_000 + "}"
     write_rows(run.folder / "samples.jsonl", rows)
     (run.folder / "problems.csv").unlink()
     assert regrade.main([str(run.folder), "--out", str(tmp_path / "new"), "--vote", "length"]) == 0
     out = capsys.readouterr().out
     assert "3 verdicts changed" in out and "pass@1 75.0 %, vote 75.0 %" in out
+    assert "... (100002 characters) is wrong for '999'" in out and max(map(len, out.splitlines())) < 300
 
 
 def test_compare_pairs_two_runs_and_names_its_margin(
