@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from omr.chunks import Chunk
 from omr.errors import ContextOverflow, RequestError
 from omr.sandbox import Outcome, SandboxClient
-from omr.solve.completer import Completer, round_seed
+from omr.solve.completer import Completer
 from omr.solve.limits import Finish
 from omr.solve.prompt import CODE_TAGS, Message
 from omr.solve.tool_calls import PYTHON_TOOL, BadCall, CallPieces, ToolCall, assistant_turn, result_turn
@@ -77,62 +77,41 @@ class ToolChat(Transcript):
 
     async def _turn(self, client: Completer, room: int, *, tools: bool) -> tuple[Finish | None, list[ToolCall]]:
         """One request: (why the generation ends with it, or None; the calls it made)."""
-        start, sent = len(self.text), self._now()
-        seed = round_seed(self.seed, self.rounds)
-        self.rounds += 1
+        heard = self._ask(None)
         spent = self.code_runs >= self.limits.code_executions
         stream = client.stream_chat(
             self._turns,
             self.sampling,
             max_tokens=room,
-            seed=seed,
+            seed=heard.seed,
             tools=[PYTHON_TOOL] if tools else (),
             tool_choice="none" if tools and spent else None,
         )
-        first: float | None = None
-        tokens, tail = 0, ""
-        reason: str | None = None
-        found: Finish | None = None
-        pieces: list[str] = []
         thought: list[str] = []
         gathered = CallPieces()
 
         def take(chunk: Chunk) -> bool:
-            nonlocal first, tokens, reason, tail, found
-            if first is None and (chunk.num_tokens or chunk.text or chunk.tool_calls or chunk.reasoning):
-                first = chunk.time - self._clock
-            tokens += chunk.num_tokens
-            self.num_tokens += chunk.num_tokens
-            reason = chunk.finish_reason or reason
             if chunk.reasoning:
                 thought.append(chunk.reasoning)
             if chunk.tool_calls:
                 gathered.add(chunk.tool_calls)
-            if chunk.text:
-                pieces.append(chunk.text)
-                if self.watch:
-                    self.watch(chunk.text)
-                tail = tail[-256:] + chunk.text
-                ends = self._ends_here(pieces, tail, chunk.text, start, None)
-                if ends != "tag":
-                    found = ends
-            return found is not None
+            return self._hear(heard, chunk)
 
         try:
             await stream.each(take)
         finally:
-            self.text += "".join(pieces)
-            event = self._wrote(stream, start, sent, first, tokens, reason, seed)
+            event = self._wrote(stream, heard)
             if thought:
                 event["reasoning"] = "".join(thought)
         if stream.num_prompt_tokens:
-            self._used = stream.num_prompt_tokens + tokens
+            self._used = stream.num_prompt_tokens + heard.tokens
             if self.rounds == 1:
                 self.prompt_tokens = stream.num_prompt_tokens
         else:
-            self._used += tokens
-        if found or reason == "length":
-            return found or "length", []
+            self._used += heard.tokens
+        assert heard.found != "tag", "no tags were looked for"
+        if heard.found or heard.finish_reason == "length":
+            return heard.found or "length", []
         calls = gathered.calls(f"call_{self.rounds}_")
         if calls:
             event["tool_calls"] = [call.message() for call in calls]

@@ -29,6 +29,7 @@ from omr.sampling import Sampling
 from omr.sandbox import Outcome, SandboxClient, Session
 from omr.solve.answer import last_boxed
 from omr.solve.completer import Completer, round_seed
+from omr.solve.heard import Heard
 from omr.solve.limits import Finish, Limits
 from omr.solve.prompt import CodeTags, remaining_notice
 from omr.solve.repetition import CHECK_CHARS, CodeRuns, is_loop
@@ -187,46 +188,21 @@ class Transcript:
     async def _write(self, client: Completer, tags: CodeTags | None, room: int) -> Finish | Literal["tag"]:
         """One request; "tag" when it stopped at the end tag, which is then the end of `text`."""
         end = tags.end if tags else ""
-        start, sent = len(self.text), self._now()
-        first: float | None = None
-        tokens = 0
-        reason: str | None = None
-        named: Any = None
-        found: Finish | Literal["tag"] | None = None
-        pieces: list[str] = []
-        tail = ""
-        seed = round_seed(self.seed, self.rounds)
-        self.rounds += 1
+        heard = self._ask(tags)
         stream = client.stream_completion(
-            self.prompt + self.text, self.sampling, stop=[end] if end else [], max_tokens=room, seed=seed
+            self.prompt + self.text, self.sampling, stop=[end] if end else [], max_tokens=room, seed=heard.seed
         )
-
-        def take(chunk: Chunk) -> bool:
-            nonlocal first, tokens, reason, named, tail, found
-            if first is None and (chunk.num_tokens or chunk.text):
-                first = chunk.time - self._clock
-            tokens += chunk.num_tokens
-            self.num_tokens += chunk.num_tokens
-            reason = chunk.finish_reason or reason
-            named = chunk.stop_reason if chunk.stop_reason is not None else named
-            if chunk.text:
-                pieces.append(chunk.text)
-                if self.watch:
-                    self.watch(chunk.text)
-                tail = tail[-256:] + chunk.text
-                found = self._ends_here(pieces, tail, chunk.text, start, tags)
-            return found is not None
-
         try:
-            await stream.each(take)
+            await stream.each(lambda chunk: self._hear(heard, chunk))
         finally:
-            self.text += "".join(pieces)
-            event = self._wrote(stream, start, sent, first, tokens, reason, seed)
+            event = self._wrote(stream, heard)
+            named = heard.stop_reason
             event["stop_reason"] = named if isinstance(named, str | int | None) else str(named)
+        start, found = heard.start, heard.found
         if found == "tag":
             at = self.text.index(end, start) + len(end)  # an engine may run past the tag
             self.text = self.text[:at]
-        elif end and found is None and self._stop_was_hidden(start, reason, named, tags):
+        elif end and found is None and self._stop_was_hidden(heard):
             self.text += end
             found = "tag"
             if self.watch:
@@ -234,57 +210,72 @@ class Transcript:
         event["text"] = self.text[start:]
         if found:
             return found
-        return "length" if reason == "length" else "stop"
+        return "length" if heard.finish_reason == "length" else "stop"
 
-    def _wrote(
-        self, stream: Any, start: int, sent: float, first: float | None, tokens: int, reason: str | None, seed: int
-    ) -> dict[str, Any]:
-        """Record a request that was sent at `sent`, got its first token at `first` and has ended now."""
+    def _ask(self, tags: CodeTags | None) -> Heard:
+        """The next request, about to be sent."""
+        seed = round_seed(self.seed, self.rounds)
+        self.rounds += 1
+        return Heard(len(self.text), self._now(), seed, tags)
+
+    def _hear(self, heard: Heard, chunk: Chunk) -> bool:
+        """Take in a chunk; True when the text ends the request."""
+        heard.add(chunk, self._clock)
+        self.num_tokens += chunk.num_tokens
+        if chunk.text:
+            if self.watch:
+                self.watch(chunk.text)
+            heard.found = self._ends_here(heard, chunk.text)
+        return heard.found is not None
+
+    def _wrote(self, stream: Any, heard: Heard) -> dict[str, Any]:
+        """Take over the text of a request that has ended now, and record it."""
+        self.text += "".join(heard.pieces)
+        first, tokens = heard.first, heard.tokens
         took = self._now()
         told = getattr(stream, "speculation", None) or (0, 0, 0)
         self.speculation = tuple(a + b for a, b in zip(self.speculation, told, strict=True))
         if self.ttft_s is None and first is not None:
-            self.ttft_s = first - sent
+            self.ttft_s = first - heard.sent
         if first is not None and tokens > 1:
             self.tpot_s.append((took - first) / (tokens - 1))
         event = {
             "type": "text",
-            "text": self.text[start:],
+            "text": self.text[heard.start :],
             "tokens": tokens,
-            "sent_s": round(sent, 4),
+            "sent_s": round(heard.sent, 4),
             "first_token_s": None if first is None else round(first, 4),
             "end_s": round(took, 4),
-            "finish_reason": reason,
-            "seed": seed,
+            "finish_reason": heard.finish_reason,
+            "seed": heard.seed,
         }
         self.events.append(event)
         return event
 
-    def _ends_here(
-        self, pieces: list[str], tail: str, new: str, start: int, tags: CodeTags | None
-    ) -> Finish | Literal["tag"] | None:
+    def _ends_here(self, heard: Heard, new: str) -> Finish | Literal["tag"] | None:
         """Whether the text just received ends this request. Runs once a chunk: cheap tests first."""
-        if tags and tags.end in tail and tags.end in "".join(pieces):
+        tags = heard.tags
+        if tags and tags.end in heard.tail and tags.end in "".join(heard.pieces):
             return "tag"
-        if self.limits.stop_at_boxed and "}" in new and last_boxed(tail) is not None:
-            written = self.text[:start] + "".join(pieces)
+        if self.limits.stop_at_boxed and "}" in new and last_boxed(heard.tail) is not None:
+            written = self.text[: heard.start] + "".join(heard.pieces)
             if tags is None or written.count(tags.begin) <= written.count(tags.end):
                 return "boxed"
         self._checked += len(new)
         if self.limits.stop_on_repetition and self._checked >= CHECK_CHARS:
             self._checked = 0
-            if is_loop("".join(pieces)):
+            if is_loop("".join(heard.pieces)):
                 return "repetition"
         return None
 
-    def _stop_was_hidden(self, start: int, reason: str | None, named: Any, tags: CodeTags | None) -> bool:
-        assert tags is not None
-        if reason != "stop":
+    def _stop_was_hidden(self, heard: Heard) -> bool:
+        assert heard.tags is not None
+        if heard.finish_reason != "stop":
             return False
-        if isinstance(named, str):
-            return named == tags.end
-        # Nothing was named: an open block means that the tag fired. (`named` is an int for a stop token's id.)
-        return self._open_block(tags, len(self.text)) is not None
+        if isinstance(heard.stop_reason, str):
+            return heard.stop_reason == heard.tags.end
+        # Nothing was named: an open block means that the tag fired. (It is an int for a stop token's id.)
+        return self._open_block(heard.tags, len(self.text)) is not None
 
     def _open_block(self, tags: CodeTags, end: int) -> int | None:
         """Where the code begins that is open at `end`; None when no block is."""
