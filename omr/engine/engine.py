@@ -36,9 +36,9 @@ CUDA_PATIENCE = 8
 """Decode steps for which prompts are gathered (omr.engine.scheduler)."""
 
 
-def _decoder(model: Transformer, num_positions: int, *, plain: bool) -> Decoder:
-    """The decoder for the model's device: with Triton kernels on CUDA, in plain torch elsewhere (or if `plain`)."""
-    if not plain and model.device.type == "cuda" and importlib.util.find_spec("triton"):
+def _decoder(model: Transformer, num_positions: int) -> Decoder:
+    """The decoder for the model's device: with Triton kernels on CUDA, in plain torch elsewhere."""
+    if model.device.type == "cuda" and importlib.util.find_spec("triton"):
         from omr.nn.cuda_decoder import CudaDecoder
 
         return CudaDecoder(model, num_positions)
@@ -81,7 +81,7 @@ class Engine:
         self.eos_token_ids = frozenset(config.eos_token_ids)
         self.vocab_size = config.vocab_size
         num_draft_tok = draft.num_draft_tok if draft else 0
-        decoder = _decoder(model, self.context_tokens + num_draft_tok + 1, plain=hasattr(draft, "propose_tree"))
+        decoder = _decoder(model, self.context_tokens + num_draft_tok + 1)
         cache = KVCache(config, blocks + 1, block_size, decoder.device, decoder.dtype)
         self.pool = BlockPool(blocks + 1, block_size)
         self.scheduler = Scheduler(
@@ -100,17 +100,18 @@ class Engine:
         self._seqs: dict[str, Sequence] = {}
 
     def _runner(self, decoder: Decoder, cache: KVCache, max_batch_size: int, draft: DraftModel | None) -> Runner:
-        if hasattr(draft, "propose_tree"):
+        trees = hasattr(draft, "propose_tree")
+        if type(decoder) is Decoder and not trees:
+            return Runner(decoder, cache, max_batch_size=max_batch_size, draft=draft)
+        if type(decoder) is Decoder:
             from omr.engine.tree import TreeRunner
 
             return TreeRunner(decoder, cache, max_batch_size=max_batch_size, draft=draft)
-        if type(decoder) is Decoder:
-            return Runner(decoder, cache, max_batch_size=max_batch_size, draft=draft)
-        from omr.engine.graphs import GraphRunner
-
-        return GraphRunner(
-            decoder, cache, max_batch_size=max_batch_size, draft=draft, context_tokens=self.context_tokens
-        )
+        if trees:
+            from omr.engine.tree_graphs import TreeGraphRunner as OnGraphs
+        else:
+            from omr.engine.graphs import GraphRunner as OnGraphs
+        return OnGraphs(decoder, cache, max_batch_size=max_batch_size, draft=draft, context_tokens=self.context_tokens)
 
     def warm_up(self) -> None:
         """Do now what the first requests would wait for: on CUDA, capture the graphs."""

@@ -179,3 +179,22 @@ def walk(tree: Tree, drawn: Tensor) -> list[list[int]]:
                 path.append(node)
         paths.append(path)
     return paths
+
+
+def follow(tree: Tree, drawn: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """`walk` in tensors, without host synchronisation, for trees of at most `depth` drafts below the root.
+
+    Returns the nodes of each path, (B, depth + 1) int64, its last one repeated to the end, and the number of drafts
+    accepted, (B,) int64.
+    """
+    batch, nodes = drawn.shape
+    real = torch.arange(nodes, device=drawn.device) < tree.sizes[:, None]
+    at = torch.zeros(batch, 1, dtype=torch.int64, device=drawn.device)
+    path, accepted = [at], torch.zeros_like(at)
+    for _ in range(depth):
+        child = (tree.parents == at) & (tree.tokens == drawn.gather(1, at)) & real
+        found, node = child.to(torch.uint8).max(1, keepdim=True)
+        at = torch.where(found > 0, node, at)
+        accepted += found
+        path.append(at)
+    return torch.cat(path, 1), accepted[:, 0]

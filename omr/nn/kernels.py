@@ -156,21 +156,36 @@ def silu_mul(gate_up: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
 
 
 @triton.jit
+def _add_tile(q, k, v, visible, best, weight_sum, acc, scale_log2):
+    """The online softmax after one more tile of keys and values."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    score = tl.where(visible, score, float("-inf"))
+    now = tl.maximum(best, tl.max(score, 1))
+    base = tl.where(now == float("-inf"), 0.0, now)
+    p = tl.exp2(score - base[:, None])
+    keep = tl.exp2(best - base)
+    weight_sum = weight_sum * keep + tl.sum(p, 1)
+    acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return now, weight_sum, acc
+
+
+@triton.jit
 def _attend_kernel(
-    qkv_ptr, cache_ptr, table_ptr, start_ptr, acc_ptr, stat_ptr, scale_log2, width,
+    qkv_ptr, cache_ptr, table_ptr, start_ptr, node_ptr, sees_ptr, acc_ptr, stat_ptr, scale_log2, width,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, NEW: tl.constexpr, DIM: tl.constexpr,
-    PAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    PAD_DIM: tl.constexpr, ROWS: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
-    key_head = tl.program_id(1)
+    key_head = tl.program_id(1) // ROW_BLOCKS
     split = tl.program_id(2)
     start = tl.load(start_ptr + sequence)
-    total = start + NEW
+    total = start if TREE else start + NEW
     tiles = tl.cdiv(tl.cdiv(total, TILE), SPLITS)
     begin = split * tiles * TILE
     end = tl.minimum(total, begin + tiles * TILE)
 
-    row = tl.arange(0, ROWS)
+    row = tl.program_id(1) % ROW_BLOCKS * ROWS + tl.arange(0, ROWS)
     new, in_group = row // GROUP, row % GROUP
     dim = tl.arange(0, PAD_DIM)
     in_dim = dim < DIM
@@ -189,18 +204,21 @@ def _attend_kernel(
         seen = inside[:, None] & in_dim[None, :]
         k = tl.load(cache_ptr + at[:, None] + dim[None, :], mask=seen, other=0.0)
         v = tl.load(cache_ptr + at[:, None] + KEYS * DIM + dim[None, :], mask=seen, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         visible = (token[None, :] <= start + new[:, None]) & inside[None, :]
-        score = tl.where(visible, score, float("-inf"))
-        now = tl.maximum(best, tl.max(score, 1))
-        base = tl.where(now == float("-inf"), 0.0, now)
-        p = tl.exp2(score - base[:, None])
-        keep = tl.exp2(best - base)
-        weight_sum = weight_sum * keep + tl.sum(p, 1)
-        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        best = now
+        best, weight_sum, acc = _add_tile(q, k, v, visible, best, weight_sum, acc, scale_log2)
+    if TREE:  # the nodes themselves, which are not in the cache, are the last split's
+        for tile in range(0, tl.where(split == SPLITS - 1, NEW, 0), TILE):
+            node = tile + tl.arange(0, TILE)
+            inside = node < NEW
+            at = (sequence * NEW + node) * (2 * KEYS * DIM) + key_head * DIM
+            seen = inside[:, None] & in_dim[None, :]
+            k = tl.load(node_ptr + at[:, None] + dim[None, :], mask=seen, other=0.0)
+            v = tl.load(node_ptr + at[:, None] + KEYS * DIM + dim[None, :], mask=seen, other=0.0)
+            sees = sees_ptr + (sequence * NEW + new[:, None]) * NEW + node[None, :]
+            visible = tl.load(sees, mask=real[:, None] & inside[None, :], other=0) != 0
+            best, weight_sum, acc = _add_tile(q, k, v, visible, best, weight_sum, acc, scale_log2)
 
-    part = ((sequence * KEYS + key_head) * SPLITS + split) * ROWS + row
+    part = ((sequence * KEYS + key_head) * SPLITS + split) * (ROWS * ROW_BLOCKS) + row
     tl.store(stat_ptr + part * 2, best)
     tl.store(stat_ptr + part * 2 + 1, weight_sum)
     tl.store(acc_ptr + part[:, None] * PAD_DIM + dim[None, :], acc)
@@ -210,14 +228,15 @@ def _attend_kernel(
 def _combine_kernel(
     acc_ptr, stat_ptr, out_ptr, scale_ptr, limit,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr, NEW: tl.constexpr, DIM: tl.constexpr,
-    PAD_DIM: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr,
+    PAD_DIM: tl.constexpr, ROWS: tl.constexpr, ROW_BLOCKS: tl.constexpr, SPLITS: tl.constexpr, FP8: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = (token % NEW) * GROUP + head % GROUP
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, PAD_DIM)
-    part = ((token // NEW * KEYS + head // GROUP) * SPLITS + split) * ROWS + row
+    part = ((token // NEW * KEYS + head // GROUP) * SPLITS + split) * (ROWS * ROW_BLOCKS) + row
     best = tl.load(stat_ptr + part * 2)
     weight_sum = tl.load(stat_ptr + part * 2 + 1)
     scale = tl.exp2(best - tl.max(best, 0))
@@ -294,6 +313,8 @@ def place(starts: torch.Tensor, tables: torch.Tensor, new: int, block_size: int)
 PROGRAMS = 264
 """Attention programs aimed at: two for each multiprocessor of an H100."""
 MAX_SPLITS = 32
+MAX_ROWS = 64
+"""Query rows of one attention program."""
 TILE = 64
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -308,30 +329,37 @@ def paged_attention(
     num_kv_heads: int,
     block_size: int,
     scale: torch.Tensor | None = None,
+    *,
+    tree: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention of the new tokens' queries over the cache, which already holds their keys: (T, Hq D).
 
     qkv (B * Q, (Hq + 2 Hkv) D) with rotated queries; cache (slots, 2 Hkv D); tables (B, W) block ids; starts (B,) the
     position of each sequence's first new token; `new` is Q. In E4M3 over `scale` when that is given.
+
+    `tree`: the new tokens are the nodes of a tree. Their keys and values are not in the cache but in its first tensor,
+    (B * Q, 2 Hkv D), and which of each other they see says the second, (B, Q, Q) bool.
     """
     batch, width = tables.shape
     dim = cache.shape[1] // (2 * num_kv_heads)
     group = num_heads // num_kv_heads
-    rows = max(16, triton.next_power_of_2(new * group))
+    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(new * group)))
+    row_blocks = triton.cdiv(new * group, rows)
     pad_dim = max(16, triton.next_power_of_2(dim))
     splits = 1
-    while splits < MAX_SPLITS and batch * num_kv_heads * splits < PROGRAMS:
+    while splits < MAX_SPLITS and batch * num_kv_heads * row_blocks * splits < PROGRAMS:
         splits *= 2
-    parts = batch * num_kv_heads * splits * rows
+    parts = batch * num_kv_heads * splits * rows * row_blocks
     acc = torch.empty(parts, pad_dim, dtype=torch.float32, device=qkv.device)
     stat = torch.empty(parts, 2, dtype=torch.float32, device=qkv.device)
     shape = {
         "QUERIES": num_heads, "KEYS": num_kv_heads, "GROUP": group, "NEW": new, "DIM": dim, "PAD_DIM": pad_dim,
-        "ROWS": rows, "SPLITS": splits,
+        "ROWS": rows, "ROW_BLOCKS": row_blocks, "SPLITS": splits,
     }  # fmt: skip
-    _attend_kernel[(batch, num_kv_heads, splits)](
-        qkv, cache, tables, starts, acc, stat, dim**-0.5 * 1.4426950408889634, width,
-        BLOCK_SIZE=block_size, TILE=TILE, num_warps=4, num_stages=2, **shape,
+    nodes, sees = tree if tree is not None else (cache, starts)
+    _attend_kernel[(batch, num_kv_heads * row_blocks, splits)](
+        qkv, cache, tables, starts, nodes, sees, acc, stat, dim**-0.5 * 1.4426950408889634, width,
+        BLOCK_SIZE=block_size, TILE=TILE, TREE=tree is not None, num_warps=4, num_stages=2, **shape,
     )  # fmt: skip
     out = qkv.new_empty(batch * new, num_heads * dim, dtype=qkv.dtype if scale is None else torch.float8_e4m3fn)
     _combine_kernel[(batch * new, num_heads)](

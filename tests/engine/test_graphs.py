@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
-from omr.drafter._redrafter_chain import draft_model
+from omr.drafter._redrafter_chain import draft_model, tree_of
 from omr.engine.engine import Engine
 from omr.engine.request import Request
 from omr.nn.config import DecoderConfig
+from omr.nn.draft_tree import Tree
 from omr.nn.loader import load
 from omr.nn.paged import KVCache, Part, Ragged
 from omr.nn.redrafter import Redrafter, RedrafterConfig
@@ -56,6 +59,32 @@ class Known:
         return torch.tensor(drafts, device=tokens.device)
 
 
+class Bigrams:
+    """A drafter of trees, fit for a graph: the two tokens seen most often after the newest, each with its successor."""
+
+    needs_hidden = True
+    num_draft_tok = 3
+
+    def __init__(self, texts: list[list[int]], device: str) -> None:
+        counts = torch.zeros(VOCAB, VOCAB)
+        for text in texts:
+            for pair in pairwise(text):
+                counts[pair] += 1
+        self.next = counts.topk(2).indices.to(device)
+
+    def propose(self, hidden: torch.Tensor, tokens: torch.Tensor, history: None) -> torch.Tensor:
+        return self._beams(tokens)[:, 0, 1:]
+
+    def propose_tree(self, hidden: torch.Tensor, tokens: torch.Tensor) -> Tree:
+        return tree_of(self._beams(tokens))
+
+    def _beams(self, tokens: torch.Tensor) -> torch.Tensor:
+        beams = [tokens[:, None].expand(-1, 2), self.next[tokens]]
+        while len(beams) <= self.num_draft_tok:
+            beams.append(self.next[beams[-1], 0])
+        return torch.stack(beams, -1)
+
+
 def requests(count: int) -> list[Request]:
     rng = random.Random(1)
     made = []
@@ -86,6 +115,32 @@ def test_tokens_are_those_of_the_cpu(family: str, drafter: str, pairs, run) -> N
     if drafter == "known":
         assert engine.counts.accepted_tokens > engine.counts.draft_tokens / 3
     assert len(engine.runner._graphs) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("spread", [1, 3])
+def test_trees_give_the_tokens_of_plain_decoding(family: str, spread: int, pairs, run) -> None:
+    """Some requests do not speculate, some run beside the graph; some end at the last position that has a slot."""
+    asked = [replace(r, speculate=i % 6 != 2) for i, r in enumerate(requests(24))]
+    shape = {"max_batch_size": 6, "kv_cache_tokens": 320, "block_size": 4, "prefill_tokens": 64, "context_tokens": 80}
+    plain = Engine(pairs[family].ours, **shape)
+    expected = run(plain, asked)
+    texts = [r.prompt_ids[-1:] + expected[r.id].tokens for r in asked[::spread]]
+    counts = []
+    for device in ("cpu", "cuda"):
+        model = load(pairs[family].folder, device=device, dtype=torch.float32)
+        engine = Engine(model, draft=Bigrams(texts, device), **shape)
+        engine.warm_up()
+        got = run(engine, asked)
+        assert {n: d.tokens for n, d in got.items()} == {n: d.tokens for n, d in expected.items()}
+        assert engine.pool.num_free == plain.pool.num_free
+        clear = [replace(r, repetition_penalty=1.0, presence_penalty=0.0, logprobs=None) for r in asked]
+        engine = Engine(model, draft=Bigrams(texts, device), **shape)
+        run(engine, clear)
+        counts.append((engine.counts.drafts, engine.counts.accepted_per_pos))
+        assert engine.counts.accepted_per_pos[0] > 20 and engine.counts.accepted_per_pos[2] > 0
+    assert len(engine.runner._graphs) > 1
+    assert counts[0] == counts[1]
 
 
 def test_sampled_drafts_are_those_of_the_cpu(pair, run) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from omr.nn.draft_tree import Tree, beam_search, best_tokens, pack, walk
+from omr.nn.draft_tree import Tree, beam_search, best_tokens, follow, pack, walk
 from omr.nn.redrafter import load_redrafter
 
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
@@ -107,6 +107,9 @@ def test_walk_follows_the_draws(width: int, length: int, seed: int) -> None:
     tree = pack(beams)
     drawn = torch.randint(3, tree.tokens.shape, generator=g)
     paths = walk(tree, drawn)
+    path, accepted = follow(tree, drawn, length - 1)
+    assert accepted.tolist() == [len(p) - 1 for p in paths]
+    assert path.tolist() == [p + p[-1:] * (length - len(p)) for p in paths]
     for b in range(2):
         node, expected = 0, [0]
         while True:

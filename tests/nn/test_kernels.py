@@ -154,3 +154,33 @@ def test_rotation_cache_and_attention(kind, heads: int, kv_heads: int, dim: int,
     scale = torch.tensor([0.01], device="cuda")
     eight = kernels.paged_attention(qkv, cache, tables, starts, new, heads, kv_heads, block_size, scale)
     assert (eight.float() != to_e4m3(got, scale).float()).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (40, 8, 128), (4, 4, 80)])
+@pytest.mark.parametrize(("batch", "nodes"), [(1, 1), (3, 13), (2, 29), (1, 70)])
+def test_tree_attention(kind, heads: int, kv_heads: int, dim: int, batch: int, nodes: int) -> None:
+    dtype, bound = kind
+    block_size, width = 16, 40
+    torch.manual_seed(nodes)
+    cache = torch.randn(batch * width * block_size + block_size, 2 * kv_heads * dim, device="cuda").to(dtype)
+    tables = (torch.randperm(batch * width, device="cuda") + 1).view(batch, width).int()
+    starts = torch.randint(1, width * block_size, (batch,), device="cuda")
+    starts[0] = 0
+    sees = torch.rand(batch, nodes, nodes, device="cuda") < 0.3
+    sees |= torch.eye(nodes, dtype=torch.bool, device="cuda")
+    qkv = torch.randn(batch * nodes, (heads + 2 * kv_heads) * dim, device="cuda").to(dtype)
+    kept = torch.randn(batch * nodes, 2 * kv_heads * dim, device="cuda").to(dtype)
+    shape = (tables, starts, nodes, heads, kv_heads, block_size)
+    got = kernels.paged_attention(qkv, cache, *shape, tree=(kept, sees))
+    for row in range(batch * nodes):
+        b, node = divmod(row, nodes)
+        before = torch.arange(int(starts[b]), device="cuda")
+        slots = tables[b, before // block_size].long() * block_size + before % block_size
+        seen = torch.cat([cache[slots], kept[b * nodes : (b + 1) * nodes][sees[b, node]]]).double()
+        k, v = seen.view(-1, 2, kv_heads, dim).repeat_interleave(heads // kv_heads, 2).unbind(1)
+        q = qkv[row, : heads * dim].double().view(heads, dim)
+        weights = (torch.einsum("hd,nhd->hn", q, k) / dim**0.5).softmax(-1)
+        close(got[row], torch.einsum("hn,nhd->hd", weights, v).flatten(), bound)
+    scale = torch.tensor([0.01], device="cuda")
+    eight = kernels.paged_attention(qkv, cache, *shape, scale, tree=(kept, sees))
+    assert (eight.float() != to_e4m3(got, scale).float()).float().mean() < 2e-3
