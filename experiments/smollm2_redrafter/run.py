@@ -46,7 +46,6 @@ GAP_BOUND = 0.7
 decoding: six standard deviations of the error of such a gap in bfloat16 (0.115 on GSM8K text)."""
 SPEED_PROMPTS = {1: 8, 4: 24, 12: 72, 32: 192}
 """Prompts answered per batch size: a second or two each."""
-DRAFTERS = ("none", "redrafter", "redrafter, adaptive", "ngram")
 AGREEMENT_TEXTS = 200
 
 
@@ -112,7 +111,6 @@ class Subject:
         self.train_prompts = self.encode(read_problems(args.train_problems, args.max_train))
         self.prompts = self.encode(read_problems(BENCHMARK, args.max_eval))
         self.plain: dict[int, list[int]] = {}
-        self.head = args.scratch / "drafter"
         self._float32: Any = None
 
     def encode(self, problems: list[str]) -> list[list[int]]:
@@ -123,8 +121,12 @@ class Subject:
     def write(self, prompts: list[list[int]], batch: int, **knobs: Any) -> Written:
         return write(self.model, prompts, batch=batch, max_tokens=self.args.new, **knobs)
 
-    def redrafter(self, *, adaptive: bool) -> Any:
-        return Redrafter(adaptive=adaptive).load(self.head, self.model)
+    def folder(self, name: str) -> Path:
+        """Where the trained head of that name is kept."""
+        return self.args.scratch / name
+
+    def redrafter(self, name: str = "drafter", **knobs: Any) -> Any:
+        return Redrafter(**{"adaptive": False, **knobs}).load(self.folder(name), self.model)
 
     def float32(self) -> Any:
         """The same weights, computed in float32."""
@@ -166,8 +168,8 @@ class Subject:
         self.plain = got.tokens
         return got.figures()
 
-    def train(self, documents: list[Document]) -> dict[str, Any]:
-        """omr's trainer with its defaults, but for batch and epochs."""
+    def train(self, documents: list[Document], name: str = "drafter", **knobs: Any) -> dict[str, Any]:
+        """omr's trainer with its defaults, but for batch and epochs and what `knobs` say of the head."""
         held_out = [self.document(self.prompts[i], t) for i, t in sorted(self.plain.items())]
         held_out = [d for d in held_out if d.counts[0]]
         option = Redrafter(
@@ -175,26 +177,28 @@ class Subject:
                 batch_rows=self.args.batch_rows,
                 forward_tok=1 << 15 if self.args.device == "cuda" else 1 << 13,
                 epochs=self.args.epochs,
-            )
+            ),
+            **knobs,
         )
         with Ranks.join(self.args.device) as ranks:
             head, _ = new_head(option, self.model, documents)
             training = Training(option, self.model, head, documents, held_out, ranks)
             metrics = training.run(Path(tempfile.mkdtemp()), {})
         curve = training.progress.curve
-        self.head.mkdir(parents=True, exist_ok=True)
-        head.save(self.head)
-        (self.args.out / "config.json").write_bytes((self.head / "config.json").read_bytes())
-        (self.args.out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+        folder = self.folder(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        head.save(folder)
+        (self.args.out / f"{name}.json").write_bytes((folder / "config.json").read_bytes())
+        (self.args.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
         tokens = sum(len(d.ids) for d in documents) * option.train.epochs
         return {
             "epochs": option.train.epochs, "documents": len(documents), "train_tokens": tokens,
             "batch_rows": option.train.batch_rows, **metrics,
         }  # fmt: skip
 
-    def accept(self) -> dict[str, Any]:
+    def accept(self, name: str = "drafter", **knobs: Any) -> dict[str, Any]:
         """All prompts with drafts: acceptance, and where the text parts from plain decoding's."""
-        got = self.write(self.prompts, 64, draft=self.redrafter(adaptive=False))
+        got = self.write(self.prompts, 64, draft=self.redrafter(name, **knobs))
         self.drafted = got.tokens
         return got.figures()
 
@@ -217,21 +221,26 @@ class Subject:
         """In float32 the two must be equal token for token."""
         prompts = self.prompts[:32]
         model = self.float32()
-        draft = Redrafter(adaptive=False).load(self.head, model)
+        draft = Redrafter(adaptive=False).load(self.folder("drafter"), model)
         texts = [write(model, prompts, batch=8, max_tokens=96, draft=d).tokens for d in (None, draft)]
         same = sum(texts[0][i] == texts[1][i] for i in range(len(prompts)))
         return {"texts": len(prompts), "identical": same}
 
-    def speeds(self, batch: int, drafters: Sequence[str], temperature: float = 0.0) -> dict[str, dict[str, float]]:
-        """Figures by drafter, all of them run in turn; of each the round with the median tok/s."""
-        made: dict[str, Callable[[], Any]] = {
+    def drafters(self) -> dict[str, Callable[[], Any]]:
+        return {
             "none": lambda: None,
-            "redrafter": lambda: self.redrafter(adaptive=False),
+            "redrafter": self.redrafter,
+            "redrafter, 4 beams": lambda: self.redrafter(num_beams=4),
             "redrafter, adaptive": lambda: self.redrafter(adaptive=True),
             "ngram": lambda: Ngram(adaptive=False).load(None, self.model),
         }
+
+    def speeds(
+        self, batch: int, made: dict[str, Callable[[], Any]], temperature: float = 0.0
+    ) -> dict[str, dict[str, float]]:
+        """Figures by drafter, all of them run in turn; of each the round with the median tok/s."""
         prompts = self.prompts[: SPEED_PROMPTS.get(batch, 8 * batch)]
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in drafters}
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in made}
         self.write(prompts[:batch], batch)  # kernels that prompts of such sizes need are loaded
         for _ in range(self.args.rounds):
             for name, figures in rounds.items():
@@ -244,8 +253,8 @@ class Subject:
         }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(text: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--train-problems", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -263,7 +272,11 @@ def main() -> int:
     parser.add_argument("--max-eval", type=int, default=500)
     parser.add_argument("--new", type=int, default=256, help="most tokens of a solution")
     parser.add_argument("--batches", default="1,12,32,4", help="most important first; empty: no speeds")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = parser(__doc__).parse_args()
     batches = [int(b) for b in args.batches.split(",") if b]
     study = Study(args)
     subject = study.stage("load", 0, lambda: Subject(args))
@@ -278,23 +291,24 @@ def main() -> int:
     study.stage("acceptance", 5, subject.accept)
 
     for batch in batches:
-        study.stage(f"batch {batch}", 20, lambda b=batch: subject.speeds(b, DRAFTERS))
+        study.stage(f"batch {batch}", 20, lambda b=batch: subject.speeds(b, subject.drafters()))
     study.stage("agreement", 6, subject.agree)
     study.stage("agreement in float32", 5, subject.float32_agrees)
+    two = {name: subject.drafters()[name] for name in ("none", "redrafter")}
     for batch in (32, 1) if batches else ():
-        study.stage(f"batch {batch}, T 0.7", 10, lambda b=batch: subject.speeds(b, ("none", "redrafter"), 0.7))
+        study.stage(f"batch {batch}, T 0.7", 10, lambda b=batch: subject.speeds(b, two, 0.7))
     if args.device == "cuda":
         study.results["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     study.results["seconds"]["all"] = time.monotonic() - study.start
     study.save()
-    table(study.results, batches)
+    table(study.results, batches, list(subject.drafters()))
     return 1 if study.results["failed"] else 0
 
 
-def table(results: dict[str, Any], batches: list[int]) -> None:
+def table(results: dict[str, Any], batches: list[int], drafters: Sequence[str]) -> None:
     """tok/s of the whole run (decode steps alone), accepted length."""
     print(f"{'tok/s, ratio, tau':24s}" + "".join(f"{'batch ' + str(b):>24s}" for b in batches))
-    for drafter in DRAFTERS:
+    for drafter in drafters:
         cells = []
         for batch in batches:
             got, plain = (results.get(f"batch {batch}", {}).get(d) for d in (drafter, "none"))
