@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +189,10 @@ class Subject:
         folder = self.folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         head.save(folder)
-        (self.args.out / f"{name}.json").write_bytes((folder / "config.json").read_bytes())
-        (self.args.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
         tokens = sum(len(d.ids) for d in documents) * option.train.epochs
         return {
             "epochs": option.train.epochs, "documents": len(documents), "train_tokens": tokens,
-            "batch_rows": option.train.batch_rows, **metrics,
+            "batch_rows": option.train.batch_rows, **metrics, "config": asdict(head.config), "curve": curve,
         }  # fmt: skip
 
     def accept(self, name: str = "drafter", **knobs: Any) -> dict[str, Any]:
