@@ -35,13 +35,13 @@ FIRST_ASKED = 8
 """Steps at the start that may ask for the longest drafts to learn what they cost."""
 MARGIN = 1.02
 """What drafting must gain, as some of the measurements flatter it."""
-SEARCH = 0.03
+SEARCH = 0.06
 """What looking for drafts without finding any is presumed to take, in plain steps."""
 PRESUMED = 2.0
 """Cost of a step that drafts while there is no measurement at all."""
 RATE_STEPS = 48
 """Steps over which a chance is averaged, with weights that fall off."""
-HELD_STEPS = 4
+HELD_STEPS = 8
 """Steps for which a choice stands, so that choosing costs little."""
 RARELY = 400
 """Steps after which another length is tried however little that would cost."""
@@ -102,7 +102,7 @@ class Pace:
         """The step is over; `results` has for each sequence how many drafts it had and how many were accepted."""
         elapsed = self._clock() - self._started
         bucket, choice = self._step
-        accepted = [count for drafted, count in results if drafted]
+        accepted = [count for drafted, count in results if drafted] if choice else []
         ran = bucket, choice if accepted else 0
         seen = self._seen[ran] = self._seen.get(ran, 0) + 1
         if seen > 1:
@@ -141,8 +141,8 @@ class Pace:
 
     def _gives(self) -> dict[int, float]:
         """y_k of the module text."""
-        held = [chance.mean for chance in self._held]
-        return {length: 1 + self._found.mean * sum(held[:length]) for length in self.lengths}
+        held = [chance.mean * self._found.mean for chance in self._held]
+        return {length: 1 + sum(held[:length]) for length in self.lengths}
 
     def _costs(self, bucket: int, batch: int) -> dict[int, float]:
         """c_k of the module text, with the margin."""
@@ -153,8 +153,10 @@ class Pace:
 
     def _cost(self, bucket: int, drafts: int) -> float | None:
         """d_k of the module text, of the nearest bucket where it is known; None while it is nowhere."""
-        known = [b for b, ran in self._took if ran == drafts and (b, 0) in self._took]
-        if not known:
-            return None
-        near = min(known, key=lambda b: abs(b - bucket))
-        return self._took[near, drafts] / self._took[near, 0]
+        took = self._took
+        if (bucket, drafts) not in took:
+            known = [b for b, ran in took if ran == drafts and (b, 0) in took]
+            if not known:
+                return None
+            bucket = min(known, key=lambda b: abs(b - bucket))
+        return took[bucket, drafts] / took[bucket, 0]
