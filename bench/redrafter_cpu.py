@@ -3,10 +3,10 @@
     python bench/redrafter_cpu.py --model DIR --drafter DIR --problems FILE.jsonl [--batch 1 8] [--threads 1]
 
 The prompts are problems in the model's own chat format, answered greedily without tools, `--rounds` times. All take a
-step each in turn, in random order, so that whatever else the machine does meets all alike, and
-begin every round anew: adaptive ones have everything to measure yet. The figure is the process's CPU time, not wall
-time; the ratio to plain decoding in the same round is what to compare between machines. Tokens a step and the drafts
-they come of are of steps that drafted. Output must be equal token for token, and the script fails if it is not.
+step each in turn, in random order, so that whatever else the machine does meets all alike, and begin every round anew:
+adaptive ones have everything to measure yet. The figure is the process's CPU time, not wall time; the ratio to plain
+decoding in the same round is what to compare between machines. Tokens a step and the drafts they come of are of steps
+that drafted. Output must be equal token for token, and the script fails if it is not.
 `--past-end` ignores the end of the text: what the model then writes repeats itself more and more.
 """
 

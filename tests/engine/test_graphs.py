@@ -113,13 +113,16 @@ def test_tokens_are_those_of_the_cpu(family: str, drafter: str, pairs, run) -> N
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_drafts_for_some_sequences_and_in_some_steps(adaptive: bool, pair, run) -> None:
     """Steps in which nothing is proposed replay the plain graph, others one of few lengths, all captured before."""
-    asked = [r for r in requests(28) if not (r.penalised or r.logprobs is not None or r.filtered)]
+    knobs = [{"seed": i, "temperature": i % 3 / 2, "max_tokens": 40} for i in range(9)]
+    asked = [Request(id=str(i), prompt_ids=[i + 1, 2, 3], **k) for i, k in enumerate(knobs)]
     shape = {"max_batch_size": 4, "kv_cache_tokens": 1024, "block_size": 4}
     expected = run(Engine(pair.ours, **shape), asked)
     draft = Sometimes([r.prompt_ids + expected[r.id].tokens for r in asked], adaptive)
     engine = Engine(load(pair.folder, device="cuda", dtype=torch.float32), draft=draft, **shape)
     if adaptive:
-        engine.pace = Pace(5, clock=random.Random(1).random)
+        rng, pace = random.Random(1), Pace(5)
+        engine.pace, pace.done = pace, lambda results: None
+        pace.drafts = lambda batch: rng.choice(pace.lengths)
     engine.warm_up()
     captured = dict(engine.runner._graphs)
     lengths = {0, 1, 2, 5} if adaptive else {0, 5}
