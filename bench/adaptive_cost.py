@@ -14,6 +14,7 @@ import argparse
 import random
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,24 +27,41 @@ from omr.nn.redrafter import Redrafter, RedrafterConfig
 from omr.source import ASSETS
 
 
-def race(engines: dict[str, Engine], count: int, max_tokens: int) -> dict[str, float]:
-    """CPU seconds of each engine for the same requests. Fails if their texts differ."""
-    rng, vocab = random.Random(0), next(iter(engines.values())).vocab_size
-    prompts = [[rng.randrange(vocab) for _ in range(24)] for _ in range(count)]
-    tokens: dict[str, list[list[int]]] = {name: [[] for _ in prompts] for name in engines}
-    seconds = dict.fromkeys(engines, 0.0)
+@dataclass
+class Lap:
+    """What one engine did in a race."""
+
+    tokens: list[list[int]]
+    decoding_s: float = 0.0
+    """CPU seconds of decode steps ..."""
+    total_s: float = 0.0
+    """... and of all steps."""
+    steps: int = 0
+    """Of all sequences, prefill not counted."""
+
+
+def race(engines: dict[str, Engine], prompts: list[list[int]], max_tokens: int, **knobs: bool) -> dict[str, Lap]:
+    """All engines answer the prompts, a step each in turn, in random order. Fails if their texts differ."""
+    laps = {name: Lap(tokens=[[] for _ in prompts]) for name in engines}
     for engine in engines.values():
         for i, prompt in enumerate(prompts):
-            engine.add(Request(id=str(i), prompt_ids=prompt, max_tokens=max_tokens, ignore_eos=True))
+            engine.add(Request(id=str(i), prompt_ids=prompt, max_tokens=max_tokens, **knobs))
+    rng, order = random.Random(0), list(engines)
     while any(engine.num_unfinished for engine in engines.values()):
-        for name, engine in engines.items():
-            start = time.process_time()
-            outputs = engine.step()
-            seconds[name] += time.process_time() - start
+        rng.shuffle(order)  # a step is some per cent faster after one of its own kind
+        for name in order:
+            lap, start = laps[name], time.process_time()
+            outputs = engines[name].step()
+            took = time.process_time() - start
+            lap.total_s += took
+            begun = [output for output in outputs if lap.tokens[int(output.id)]]
+            lap.decoding_s += took * bool(begun)
+            lap.steps += len(begun)
             for output in outputs:
-                tokens[name][int(output.id)] += output.token_ids
-    assert all(texts == tokens["plain"] for texts in tokens.values()), "the drafter changed the output"
-    return seconds
+                lap.tokens[int(output.id)] += output.token_ids
+    expected = next(iter(laps.values())).tokens
+    assert all(lap.tokens == expected for lap in laps.values()), "a drafter changed the output"
+    return laps
 
 
 def main() -> None:
@@ -64,22 +82,24 @@ def main() -> None:
     head = Redrafter(config).requires_grad_(False).eval()
     drafts = {name: draft_model(head, model.embed.weight, 3) for name in ("adaptive", "fixed")}
     drafts["adaptive"].adaptive = True
+    rng = random.Random(0)
     print("| batch | drafting | CPU time over plain | drafted steps | accepted |")
     print("| --- | --- | --- | --- | --- |")
     for batch in args.batch:
         ratios: dict[str, list[float]] = {name: [] for name in drafts}
+        prompts = [[rng.randrange(vocab) for _ in range(24)] for _ in range(2 * batch)]
         for round_ in range(args.rounds + 1):  # the first warms up
             engines = {
                 name: Engine(model, max_batch_size=batch, kv_cache_tokens=batch * 512, draft=drafts.get(name))
                 for name in ("plain", *drafts)
             }
-            seconds = race(engines, 2 * batch, args.max_tokens)
+            laps = race(engines, prompts, args.max_tokens, ignore_eos=True)
             for name, values in ratios.items():
                 if round_:
-                    values.append(seconds[name] / seconds["plain"])
+                    values.append(laps[name].total_s / laps["plain"].total_s)
         for name, values in ratios.items():
-            counts, written = engines[name].counts, 2 * batch * args.max_tokens
-            share = f"{counts.drafts / written:.1%}"
+            counts = engines[name].counts
+            share = f"{counts.drafts / laps[name].steps:.1%}"
             print(
                 f"| {batch} | {name} | {statistics.median(values):.3f} | {share} | {counts.accepted_tokens} |",
                 flush=True,

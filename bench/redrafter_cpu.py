@@ -2,10 +2,12 @@
 
     python bench/redrafter_cpu.py --model DIR --drafter DIR --problems FILE.jsonl [--batch 1 8] [--threads 1]
 
-The prompts are problems in the model's own chat format, answered greedily without tools, `--rounds` times per drafter
-in turn (plain, redrafter, ngram, plain, ...), so that a change of the machine's speed meets all three. The figure is
-the process's CPU time, not wall time; the ratio to plain decoding in the same round is what to compare between
-machines. Output must be equal token for token, and the script fails if it is not.
+The prompts are problems in the model's own chat format, answered greedily without tools, `--rounds` times. All take a
+step each in turn, in random order, so that whatever else the machine does meets all alike, and begin every round anew:
+adaptive ones have everything to measure yet. The figure is the process's CPU time, not wall time; the ratio to plain
+decoding in the same round is what to compare between machines. Tokens a step and the drafts they come of are of steps
+that drafted. Output must be equal token for token, and the script fails if it is not.
+`--past-end` ignores the end of the text: what the model then writes repeats itself more and more.
 """
 
 from __future__ import annotations
@@ -13,34 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
+from adaptive_cost import race
 from transformers import AutoTokenizer
 
+from omr.drafter import Drafter
 from omr.drafter.ngram import Ngram
+from omr.drafter.none import NoDrafter
 from omr.drafter.redrafter import Redrafter
+from omr.drafter.suffix import Suffix
 from omr.engine.engine import Engine
-from omr.engine.request import Request
 from omr.nn.loader import load
 from omr.solve.prompt import PROMPTS, render
-
-
-def generate(engine: Engine, prompts: list[list[int]], max_tokens: int) -> tuple[list[list[int]], float, float]:
-    """(tokens of each prompt, CPU seconds spent decoding, CPU seconds spent in all)."""
-    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    for i, ids in enumerate(prompts):
-        engine.add(Request(id=str(i), prompt_ids=ids, max_tokens=max_tokens))
-    start, decoding = time.process_time(), 0.0
-    while engine.num_unfinished:
-        at = time.process_time()
-        outputs = engine.step()
-        if any(len(tokens[o.id]) for o in outputs):
-            decoding += time.process_time() - at
-        for output in outputs:
-            tokens[output.id] += output.token_ids
-    return list(tokens.values()), decoding, time.process_time() - start
 
 
 def main() -> None:
@@ -53,6 +41,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--past-end", action="store_true")
+    parser.add_argument("--rows", nargs="+", metavar="TEXT", default=[""], help="rows whose name holds one of these")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -63,39 +53,43 @@ def main() -> None:
     ]
     model = load(args.model, device="cpu")
     trained = json.loads((args.drafter / "config.json").read_text())["predict_n"]
-    drafts = {
-        "plain": None,
-        "redrafter": Redrafter(adaptive=False, predict_n=trained).load(args.drafter, model),
-        "redrafter, whole drafts": Redrafter(adaptive=False, predict_n=trained, stop_below=0).load(args.drafter, model),
-        "redrafter, adaptive": Redrafter(predict_n=trained).load(args.drafter, model),
-        "ngram": Ngram(adaptive=False).load(None, model),
-        "ngram, adaptive": Ngram().load(None, model),
+    fixed = {"adaptive": False, "predict_n": trained}
+    drafters: dict[str, Drafter] = {
+        "plain": NoDrafter(),
+        "redrafter": Redrafter(**fixed),
+        "redrafter, whole drafts": Redrafter(**fixed, stop_below=0),
+        "redrafter, adaptive": Redrafter(predict_n=trained),
+        "ngram": Ngram(adaptive=False),
+        "ngram, adaptive": Ngram(),
+        "ngram, two tokens at least": Ngram(adaptive=False, min_ngram=2),
+        "ngram, two tokens at least, adaptive": Ngram(min_ngram=2),
+        "suffix": Suffix(adaptive=False),
+        "suffix, adaptive": Suffix(),
     }
-    print("| batch | drafter | tok per CPU-s | ratio to plain | accepted length | drafted | decode share of CPU |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    drafters = {name: d for name, d in drafters.items() if name == "plain" or any(text in name for text in args.rows)}
+    print(
+        "| batch | drafter | tok per CPU-s | ratio to plain | tokens a step | drafts | drafted steps | decode share |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for batch in args.batch:
-        rates: dict[str, list[float]] = {name: [] for name in drafts}
-        lengths, drafted, shares, expected = {}, {}, {}, None
+        shape = {"max_batch_size": batch, "kv_cache_tokens": batch * (args.max_tokens + 512), "prefix_caching": False}
+        rates: dict[str, list[float]] = {name: [] for name in drafters}
         for round_ in range(args.rounds + 1):  # the first warms up
-            for name, draft in drafts.items():
-                engine = Engine(
-                    model, max_batch_size=batch, kv_cache_tokens=batch * 512, draft=draft, prefix_caching=False
-                )
-                tokens, decoding, total = generate(engine, prompts, args.max_tokens)
-                assert expected in (None, tokens), f"{name} wrote other tokens than plain decoding"
-                expected = tokens
+            # Loaded anew, because `suffix` remembers what it has seen.
+            engines = {n: Engine(model, draft=d.load(args.drafter, model), **shape) for n, d in drafters.items()}
+            laps = race(engines, prompts, args.max_tokens, ignore_eos=args.past_end)
+            for name, lap in laps.items():
                 if round_:
-                    rates[name].append(sum(map(len, tokens)) / total)
-                shares[name] = decoding / total
-                counts = engine.counts
-                lengths[name] = 1 + counts.accepted_tokens / counts.drafts if counts.drafts else 1.0
-                drafted[name] = counts.draft_tokens / counts.drafts if counts.drafts else 0.0
-        for name in drafts:
+                    rates[name].append(sum(map(len, lap.tokens)) / lap.total_s)
+        for name, engine in engines.items():
             ratio = statistics.median(a / b for a, b in zip(rates[name], rates["plain"], strict=True))
-            rate = statistics.median(rates[name])
+            counts, lap = engine.counts, laps[name]
+            drafts = max(counts.drafts, 1)
             print(
-                f"| {batch} | {name} | {rate:.0f} | {ratio:.2f} | {lengths[name]:.2f} | {drafted[name]:.2f} | "
-                f"{shares[name]:.2f} |"
+                f"| {batch} | {name} | {statistics.median(rates[name]):.0f} | {ratio:.2f} | "
+                f"{1 + counts.accepted_tokens / drafts:.2f} | {counts.draft_tokens / drafts:.2f} | "
+                f"{counts.drafts / lap.steps:.0%} | {lap.decoding_s / lap.total_s:.2f} |",
+                flush=True,
             )
 
 

@@ -22,15 +22,32 @@ if TYPE_CHECKING:
     from omr.nn.transformer import Transformer
 
 
+NO_DRAFT = -1
+"""Fills the rows of a DraftModel's proposal whose chain is shorter than the longest one."""
+
+
+def filled_up(chains: Sequence[list[int]]) -> torch.Tensor:
+    """The chains as a proposal: (batch, longest) int64 on the CPU, shorter ones filled up with NO_DRAFT."""
+    import torch
+
+    longest = max(map(len, chains))
+    return torch.tensor([chain + [NO_DRAFT] * (longest - len(chain)) for chain in chains], dtype=torch.int64)
+
+
 class DraftModel(Protocol):
     """What the native engine asks of a drafter: one deterministic chain of draft tokens per sequence.
 
     Deterministic proposals are what keeps verification exact: the target draws its own token at each position and the
     chain is followed while the two agree, so the output law is the target's whatever is proposed.
+
+    A drafter that has nothing to say says nothing: a sequence with a shorter chain than others, or none, is filled up
+    with NO_DRAFT. Such places take part in the forward (a step verifies equally many rows for everybody) but are
+    neither followed nor counted, so acceptance statistics are of tokens that the drafter did propose. A step in which
+    no sequence has a draft is a plain one.
     """
 
     num_draft_tok: int
-    """Tokens proposed per step, the same for every sequence. An adaptive engine lowers it for a step at a time."""
+    """Tokens proposed per step at most. An adaptive engine lowers it for a step at a time."""
     needs_hidden: bool
     """Whether `propose` reads the target's hidden state (and can be captured in a CUDA graph)."""
     adaptive: bool
@@ -45,8 +62,11 @@ class DraftModel(Protocol):
         """Draft after `tokens` (batch,) int64, the newest token of each sequence.
 
         `hidden` (batch, hidden_size) is the target's final-norm output at the position that predicted that token.
-        `history` holds all token ids of each sequence, newest last; it is None when `needs_hidden`.
-        Returns (batch, num_draft_tok) int64.
+        `history` holds all token ids of each sequence, newest last; it is None when `needs_hidden`. A sequence has the
+        same list from step to step, and it only grows.
+        Returns (batch, n) int64, n <= num_draft_tok; n = 0 when no sequence has a draft. A drafter that reads the
+        history runs on the host and may return its chains on the CPU whatever the device. One that is captured in a
+        CUDA graph returns num_draft_tok columns always, without NO_DRAFT.
         """
         ...
 

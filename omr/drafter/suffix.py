@@ -4,7 +4,7 @@ Prompt lookup (`ngram`) sees one sequence. This drafter also remembers what othe
 answers resemble each other: the samples of one problem, or one problem of a family after the other. Where the paper
 keeps a suffix tree, the native engine keeps an index from the last MIN_MATCH tokens to the places where they occurred
 (the most recent PLACES of them). The places that match furthest to the left vote on each next token; the draft ends
-where the share of places that agree with all of it falls under `min_token_prob`.
+where the share of places that agree with all of it falls under `min_token_prob`, or never begins.
 
 What it proposes depends on what was served before; the output does not. vLLM has its own implementation, which takes
 the same knobs.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from omr.drafter import Drafter
+from omr.drafter import Drafter, filled_up
 from omr.errors import ConfigError
 from omr.option import option
 
@@ -40,7 +40,7 @@ class Suffix(Drafter):
     """Looks the newest tokens up in everything served so far."""
 
     draft_tok: int = 5
-    """Tokens drafted per step, at most; the native engine verifies this many always. vLLM's own default is 24."""
+    """Tokens drafted per step, at most. vLLM's own default is 24."""
     max_tree_depth: int = 24
     """Longest pattern matched, in tokens."""
     max_spec_factor: float = 1.0
@@ -82,15 +82,8 @@ class SuffixLookup:
         self, hidden: torch.Tensor | None, tokens: torch.Tensor, history: Sequence[Sequence[int]] | None
     ) -> torch.Tensor:
         """See DraftModel. `history` ends with the newest token."""
-        import torch
-
         assert history is not None and len(history) == len(tokens), "suffix lookup reads the history"
-        drafts = []
-        for ids in history:
-            text = self._follow(ids)
-            draft = self._draft(text)
-            drafts.append(draft + [(draft or text)[-1]] * (self.num_draft_tok - len(draft)))
-        return torch.tensor(drafts, dtype=torch.int64, device=tokens.device)
+        return filled_up([self._draft(self._follow(ids)) for ids in history])
 
     def _draft(self, text: list[int]) -> list[int]:
         best: list[tuple[list[int], int]] = []  # the places that match furthest, most recent first

@@ -186,7 +186,7 @@ class Engine:
             drawn = self.runner.decode(seqs)
         finally:
             draft.num_draft_tok = full
-        self.pace.done([len(one.tokens) - 1 for one in drawn if one.drafted])
+        self.pace.done([(one.drafted, len(one.tokens) - 1) for one in drawn])
         return drawn
 
     def _keep(self, drawn: Drawn) -> Output:

@@ -6,6 +6,9 @@ works on hidden states), the forward over newest token and drafts, sampling, acc
 next draft. Inputs live in fixed tensors; rows beyond the batch belong to the null block. Per step the host writes two
 integers per sequence, replays, and reads back the drawn tokens: the only synchronisation.
 
+A drafter on the host is asked before. Only a few lengths have a graph, so drafts are filled up to the next of them; if
+nothing was found the step is the plain graph.
+
 Three graphs a bucket at most, by what the batch asks of the sampler: greedy, tempered (temperature alone), filtered
 (top-k, top-p, min-p: sorts each row). They draw the same tokens where they overlap. Requests with penalties or
 log-probabilities run the step without a graph.
@@ -22,7 +25,7 @@ from omr.drafter import DraftModel
 from omr.engine import sampler
 from omr.engine.pace import lengths
 from omr.engine.request import Sequence
-from omr.engine.runner import Drawn, Runner
+from omr.engine.runner import Drawn, Runner, chains
 from omr.engine.sampled import SampledDrafts
 from omr.nn import kernels
 from omr.nn.cuda_decoder import CudaDecoder, Grid
@@ -87,6 +90,13 @@ class GraphRunner(Runner):
         self.scratch_row = max_batch_size
         self.buckets = buckets(max_batch_size)
         self.num_draft_tok = draft.num_draft_tok if draft else 0
+        self.on_host = draft is not None and not draft.needs_hidden
+        self.lengths = [self.num_draft_tok]
+        """Numbers of drafts that have a graph."""
+        if getattr(draft, "adaptive", False):
+            self.lengths = lengths(self.num_draft_tok)
+        elif self.on_host:
+            self.lengths.append(0)  # for steps in which nothing is found
         self.width = (context_tokens + self.num_draft_tok) // cache.block_size + 1
         most = self.buckets[-1]
         self.inputs = Inputs.empty(most, self.width, self.num_draft_tok, self.device)
@@ -105,8 +115,7 @@ class GraphRunner(Runner):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture every graph that requests without filters can need, largest batch first."""
-        adaptive = getattr(self.draft, "adaptive", False)  # then shorter drafts and plain steps are taken as well
-        for drafts in lengths(self.num_draft_tok) if adaptive else [self.num_draft_tok]:
+        for drafts in self.lengths:
             if self.draft is not None:
                 self.draft.num_draft_tok = drafts or self.num_draft_tok
             for bucket in reversed(self.buckets):
@@ -117,27 +126,32 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
-        on_host = self.draft is not None and not self.draft.needs_hidden
         if any(seq.request.penalised or seq.request.logprobs is not None for seq in seqs) or (
-            on_host and self._samples_drafts(seqs)
+            self.on_host and self._samples_drafts(seqs)
         ):
             return super().decode(seqs)
         self._settle()
         sampled = [seq.request for seq in seqs if seq.request.temperature > 0]
         kind = KINDS[0] if not sampled else KINDS[2] if any(r.filtered for r in sampled) else KINDS[1]
-        new = 1 + self.draft.num_draft_tok if self._speculates(seqs) else 1
+        new, drafted, found = 1, None, [0] * len(seqs)
+        if self._speculates(seqs):
+            if self.on_host:
+                drafts, _ = self._propose(seqs, self._ids([seq.tokens[-1] for seq in seqs]))
+                drafted, found = chains(seqs, drafts)
+                new = 1 + min(length for length in self.lengths if length >= len(drafted[0]))
+            else:
+                new = 1 + self.draft.num_draft_tok
+                found = [new - 1 if seq.request.speculate else 0 for seq in seqs]
         bucket = next(size for size in self.buckets if size >= len(seqs))
         graph = self._graph(bucket, kind, new)
         self._upload(seqs, bucket)
-        if new > 1 and on_host:
-            newest = self.inputs.newest[0, : len(seqs)]
-            self.inputs.drafts[: len(seqs), : new - 1] = self.draft.propose(None, newest, [seq.tokens for seq in seqs])
+        if new > 1 and drafted is not None:
+            self.inputs.drafts[: len(seqs), : len(drafted[0])] = self._ids(drafted)
         graph.replay()
         drawn = []
-        for seq, row in zip(seqs, self.drawn[: len(seqs)].tolist(), strict=True):
-            agreed = row[-1]
-            drafted = new - 1 if seq.request.speculate else 0
-            drawn.append(Drawn(seq=seq, tokens=row[: agreed + 1], drafted=drafted))
+        for seq, row, drafts in zip(seqs, self.drawn[: len(seqs)].tolist(), found, strict=True):
+            agreed = min(row[-1], drafts)  # what fills up a draft may agree by chance
+            drawn.append(Drawn(seq=seq, tokens=row[: agreed + 1], drafted=drafts))
         return drawn
 
     def _upload(self, seqs: list[Sequence], bucket: int) -> None:

@@ -7,7 +7,7 @@ Speculation. The drafter proposes n tokens after each sequence's newest. One for
 at 1 + n positions; the sampler draws the target's own token at each; drafts are followed while they agree. So a step
 adds the agreed drafts and the first token drawn off their path, exactly the tokens that plain decoding would draw.
 Keys and values of rejected drafts stay in the cache past the sequence's computed length and are written over when
-their positions come.
+their positions come. A step for which the drafter has nothing to propose is a plain one.
 
 Shapes: B sequences, Q = 1 + n tokens each, V vocabulary.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from omr.drafter import DraftModel
+from omr.drafter import NO_DRAFT, DraftModel
 from omr.engine import sampler
 from omr.engine.request import Sequence, TokenLogprob
 from omr.engine.sampled import SampledDrafts
@@ -36,7 +36,22 @@ class Drawn:
     tokens: list[int]
     logprobs: list[TokenLogprob] | None = None
     drafted: int = 0
-    """Draft tokens verified for it."""
+    """Draft tokens that were proposed for it and verified."""
+
+
+def chains(seqs: list[Sequence], drafts: torch.Tensor) -> tuple[list[list[int]], list[int]]:
+    """A drafter's proposal (B, n): B rows of token ids to verify, and how many of each were proposed for it.
+
+    The rows are as long as the longest chain that may be followed, so empty when there is none. What fills up the
+    others is some token: it takes part in the forward and nothing looks at what comes of it.
+    """
+    rows = drafts.tolist()
+    found = [
+        sum(token != NO_DRAFT for token in row) if seq.request.speculate else 0
+        for seq, row in zip(seqs, rows, strict=True)
+    ]
+    longest = max(found)
+    return [[max(token, 0) for token in row[:longest]] for row in rows], found
 
 
 class Runner:
@@ -76,16 +91,18 @@ class Runner:
         last = hidden.index_select(0, self._ids(rows))
         self._settle()
         self.hidden[self._ids([seq.row for seq in done])] = last
-        drawn = self._draw(done, last, 1, None)
+        drawn = self._draw(done, last, [[] for _ in done], [0] * len(done))
         return [Drawn(seq=seq, tokens=row[0], logprobs=row[1]) for seq, row in zip(done, drawn, strict=True)]
 
     @torch.inference_mode()
     def decode(self, seqs: list[Sequence]) -> list[Drawn]:
         """One step of decoding sequences: one new token each, or more where drafts agree."""
         newest = [seq.tokens[-1] for seq in seqs]
-        drafts, sampled = self._propose(seqs, self._ids(newest)) if self._speculates(seqs) else (None, None)
-        new = 1 if drafts is None else 1 + drafts.shape[1]
-        drafted = None if drafts is None else drafts.tolist()
+        drafted, found, sampled = [[] for _ in seqs], [0] * len(seqs), None
+        if self._speculates(seqs):
+            drafts, sampled = self._propose(seqs, self._ids(newest))
+            drafted, found = chains(seqs, drafts)
+        new = 1 + len(drafted[0])
         starts = [len(seq.tokens) - 1 for seq in seqs]
         longest = max(starts) + new - 1
         size = self.cache.block_size
@@ -93,7 +110,7 @@ class Runner:
         positions = [p for start in starts for p in range(start, start + new)]
         tables = [(seq.blocks + [NULL_BLOCK] * (width - len(seq.blocks)))[:width] for seq in seqs]
         slots = [tables[row // new][p // size] * size + p % size for row, p in enumerate(positions)]
-        tokens = newest if drafted is None else [t for n, row in zip(newest, drafted, strict=True) for t in (n, *row)]
+        tokens = newest if new == 1 else [t for n, row in zip(newest, drafted, strict=True) for t in (n, *row)]
         rows = len(positions)
         # One tensor for all four: making one costs as much as a product of a small model.
         ids = self._ids(tokens + positions + slots + [block for table in tables for block in table])
@@ -101,10 +118,8 @@ class Runner:
         batch = Padded(self.cache, tables_.view(-1, width), positions_.view(-1, new), slots_, longest)
         hidden = self.decoder.forward(tokens_, positions_, batch)
         drawn, last = [], []
-        for index, (row, logprobs) in enumerate(self._draw(seqs, hidden, new, drafted, sampled)):
-            seq = seqs[index]
-            count = 0 if drafts is None or not seq.request.speculate else new - 1
-            drawn.append(Drawn(seq=seq, tokens=row, logprobs=logprobs, drafted=count))
+        for index, (row, logprobs) in enumerate(self._draw(seqs, hidden, drafted, found, sampled)):
+            drawn.append(Drawn(seq=seqs[index], tokens=row, logprobs=logprobs, drafted=found[index]))
             last.append(index * new + len(row) - 1)
         if self.draft is not None and self.draft.needs_hidden:
             states = hidden if new == 1 else hidden.index_select(0, self._ids(last))
@@ -148,14 +163,18 @@ class Runner:
         self,
         seqs: list[Sequence],
         hidden: torch.Tensor,
-        new: int,
-        drafted: list[list[int]] | None,
+        drafted: list[list[int]],
+        found: list[int],
         sampled: SampledDrafts | None = None,
     ) -> list[tuple[list[int], list[TokenLogprob] | None]]:
-        """For each sequence the drawn tokens, cut after the first off its draft, and their log-probabilities."""
+        """For each sequence the drawn tokens, cut after the first off its draft, and their log-probabilities.
+
+        `drafted` are rows of one length n, of which the first `found` are followed; `hidden` (B * (1 + n), H).
+        """
+        new = 1 + len(drafted[0])
         raw = logits = self.decoder.logits(hidden)  # (B * Q, V)
         if any(seq.request.penalised for seq in seqs):
-            logits = self._penalised(seqs, logits, new, drafted)
+            logits = self._penalised(seqs, logits, drafted)
         law = self._law(seqs, new)
         positions = None
         if not law.all_greedy:
@@ -165,9 +184,8 @@ class Runner:
         result = []
         for index, (seq, row) in enumerate(zip(seqs, tokens, strict=True)):
             agreed = 0
-            if drafted is not None and seq.request.speculate:
-                while agreed < new - 1 and row[agreed] == drafted[index][agreed]:
-                    agreed += 1
+            while agreed < found[index] and row[agreed] == drafted[index][agreed]:
+                agreed += 1
             row = row[: agreed + 1]
             count = seq.request.logprobs
             logprobs = None
@@ -176,18 +194,15 @@ class Runner:
             result.append((row, logprobs))
         return result
 
-    def _penalised(
-        self, seqs: list[Sequence], logits: torch.Tensor, new: int, drafted: list[list[int]] | None
-    ) -> torch.Tensor:
-        logits = logits.clone()
+    def _penalised(self, seqs: list[Sequence], logits: torch.Tensor, drafted: list[list[int]]) -> torch.Tensor:
+        logits, new = logits.clone(), 1 + len(drafted[0])
         for index, seq in enumerate(seqs):
             if not seq.request.penalised:
                 continue
             prompt, output = seq.tokens[: seq.num_prompt], seq.tokens[seq.num_prompt :]
             for i in range(new):
-                before = output + (drafted[index][:i] if drafted else [])
                 row = index * new + i
-                logits[row] = sampler.penalise(logits[row], seq.request, prompt, before)
+                logits[row] = sampler.penalise(logits[row], seq.request, prompt, output + drafted[index][:i])
         return logits
 
     def _law(self, seqs: list[Sequence], new: int) -> sampler.Law:

@@ -54,14 +54,14 @@ class SpecCounts:
     """Raw speculative-decoding counters since the server started. Derived rates are made in tracker.py."""
 
     drafts: int = 0
-    """Verification steps that had a draft."""
+    """Verification steps of a sequence that had a draft; where the drafter found nothing there is none."""
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_per_pos: list[int] = field(default_factory=list)
     """Draft tokens accepted at position i."""
     drafted_per_pos: list[int] = field(default_factory=list)
     """Drafts that had a token at position i, the denominator of its marginal rate; empty where every draft has one
-    at every position. An adaptive drafter makes them as long as pays."""
+    at every position. An adaptive drafter makes them as long as pays, one that looks them up as long as it found."""
     by_context: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """(drafts, draft tokens, accepted) of steps whose sequence was up to so many tokens long and over half as many;
     see `context_bucket`. Empty where the server does not tell."""

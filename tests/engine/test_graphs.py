@@ -10,8 +10,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from omr.drafter import filled_up
 from omr.drafter._redrafter_chain import draft_model, tree_of
 from omr.engine.engine import Engine
+from omr.engine.pace import Pace
 from omr.engine.request import Request
 from omr.nn.config import DecoderConfig
 from omr.nn.draft_tree import Tree
@@ -85,6 +87,26 @@ class Bigrams:
         return torch.stack(beams, -1)
 
 
+class Sometimes(Known):
+    """Knows every other text, and of those only as many tokens as chance has it, often none."""
+
+    num_draft_tok = 5
+
+    def __init__(self, texts: list[list[int]], adaptive: bool = False) -> None:
+        super().__init__(texts[::2])
+        self.adaptive = adaptive
+        self.proposed: list[int] = []
+        """Length of every chain."""
+
+    def propose(self, hidden: None, tokens: torch.Tensor, history: Sequence[Sequence[int]]) -> torch.Tensor:
+        chains = []
+        for text in map(list, history):
+            whole = next((t for t in self.texts if t[: len(text)] == text), text)
+            chains.append(whole[len(text) :][: min(self.rng.choice([0, 0, 0, 1, 3, 5]), self.num_draft_tok)])
+        self.proposed += map(len, chains)
+        return filled_up(chains)
+
+
 def requests(count: int) -> list[Request]:
     rng = random.Random(1)
     made = []
@@ -141,6 +163,34 @@ def test_trees_give_the_tokens_of_plain_decoding(family: str, spread: int, pairs
         assert engine.counts.accepted_per_pos[0] > 20 and engine.counts.accepted_per_pos[2] > 0
     assert len(engine.runner._graphs) > 1
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_drafts_for_some_sequences_and_in_some_steps(adaptive: bool, pair, run) -> None:
+    """Steps in which nothing is proposed replay the plain graph, others one of few lengths, all captured before."""
+    knobs = [{"seed": i, "temperature": i % 3 / 2, "max_tokens": 40} for i in range(9)]
+    asked = [Request(id=str(i), prompt_ids=[i + 1, 2, 3], **k) for i, k in enumerate(knobs)]
+    shape = {"max_batch_size": 4, "kv_cache_tokens": 1024, "block_size": 4}
+    expected = run(Engine(pair.ours, **shape), asked)
+    draft = Sometimes([r.prompt_ids + expected[r.id].tokens for r in asked], adaptive)
+    engine = Engine(load(pair.folder, device="cuda", dtype=torch.float32), draft=draft, **shape)
+    if adaptive:
+        rng, pace = random.Random(1), Pace(5)
+        engine.pace, pace.done = pace, lambda results: None
+        pace.drafts = lambda batch: rng.choice(pace.lengths)
+    engine.warm_up()
+    captured = dict(engine.runner._graphs)
+    lengths = {0, 1, 2, 5} if adaptive else {0, 5}
+    assert set(captured) == {(b, k, 1 + n) for b in (1, 2, 4) for k in ("greedy", "tempered") for n in lengths}
+    replayed, find = [], engine.runner._graph
+    engine.runner._graph = lambda *key: replayed.append(key[2] - 1) or find(*key)
+    got = run(engine, asked)
+    assert {n: d.tokens for n, d in got.items()} == {n: d.tokens for n, d in expected.items()}
+    assert engine.runner._graphs == captured and set(replayed) == lengths
+    chains, counts = [length for length in draft.proposed if length], engine.counts
+    assert (counts.drafts, counts.draft_tokens) == (len(chains), sum(chains))
+    assert counts.drafted_per_pos == [sum(length > i for length in chains) for i in range(5)]
+    assert counts.accepted_tokens == counts.draft_tokens > 0  # what it knows is right
 
 
 def test_sampled_drafts_are_those_of_the_cpu(pair, run) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from omr.drafter import NO_DRAFT, filled_up
 from omr.engine.engine import Engine
 from omr.engine.pace import Pace
 from omr.engine.request import Request
@@ -36,6 +37,29 @@ class Oracle:
         whole = next((t for t in self.texts if t[: len(text)] == text), text)
         draft = (whole[len(text) :] + [0] * self.num_draft_tok)[: self.num_draft_tok]
         return [(t + 1) % VOCAB if self.rng.random() < self.spoil else t for t in draft]
+
+
+class Sometimes(Oracle):
+    """Knows the texts of some sequences only, and of those only as many tokens as chance has it, often none."""
+
+    def __init__(self, num_draft_tok: int, texts: list[list[int]], spoil: float) -> None:
+        super().__init__(num_draft_tok, texts, spoil)
+        self.proposed: list[int] = []
+        """Length of every chain."""
+        self.columns: list[int] = []
+
+    def propose(
+        self, hidden: torch.Tensor | None, tokens: torch.Tensor, history: Sequence[Sequence[int]] | None
+    ) -> torch.Tensor:
+        assert history is not None
+        chains = []
+        for text in map(list, history):
+            known = any(whole[: len(text)] == text for whole in self.texts)
+            keep = self.rng.choice([0, 0, 0, 1, self.num_draft_tok]) if known else 0
+            chains.append(self._one(text)[:keep])
+        self.proposed += map(len, chains)
+        self.columns.append(max(map(len, chains)))
+        return filled_up(chains)
 
 
 class HiddenSpy:
@@ -137,6 +161,71 @@ def test_switched_off_per_request(make_engine, run) -> None:
     engine = make_engine(draft=Oracle(3, texts, 0.0))
     run(engine, requests)
     assert engine.counts.drafts == 0
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_drafts_for_some_sequences_and_in_some_steps(kind: str, adaptive: bool, make_engine, run) -> None:
+    """Output is plain decoding's, and only what was proposed is counted."""
+    requests = asked(6, 12, **KINDS[kind])
+    plain = run(make_engine(), requests)
+    draft = Sometimes(4, [r.prompt_ids + plain[r.id].tokens for r in requests[::2]], 0.2)
+    engine = make_engine(draft=draft)
+    if adaptive:
+        rng, pace = random.Random(1), Pace(4)
+        engine.pace, pace.done = pace, lambda results: None
+        pace.drafts = lambda batch: rng.choice(pace.lengths)
+    spec = run(engine, requests)
+    assert {n: (d.tokens, d.finish_reason) for n, d in spec.items()} == {
+        n: (d.tokens, d.finish_reason) for n, d in plain.items()
+    }
+    chains = [length for length in draft.proposed if length]
+    counts = engine.counts
+    assert (counts.drafts, counts.draft_tokens) == (len(chains), sum(chains))
+    assert counts.drafted_per_pos == [sum(length > i for length in chains) for i in range(4)]
+    assert 0 < counts.accepted_tokens == sum(counts.accepted_per_pos)
+    assert all(a <= d for a, d in zip(counts.accepted_per_pos, counts.drafted_per_pos, strict=True))
+    assert 0 in draft.columns and max(draft.columns) == 4 and 0 in draft.proposed
+    for request in requests[1::2]:
+        assert spec[request.id].steps == len(spec[request.id].tokens)
+
+
+def test_a_step_without_a_draft_verifies_nothing(make_engine, run) -> None:
+    """Rows are those of the longest chain that is followed: a request that wants none does not make any."""
+    requests = asked(2, 4, ignore_eos=True)
+    plain = run(make_engine(), requests)
+    draft = Sometimes(3, [r.prompt_ids + plain[r.id].tokens for r in requests[:1]], 0.0)
+    for speculate in (True, False):
+        requests[0].speculate = speculate
+        engine, rows = make_engine(draft=draft), []
+        forward = engine.runner.decoder.forward
+
+        def counted(tokens: torch.Tensor, *rest: object, rows=rows, forward=forward) -> torch.Tensor:
+            rows.append(len(tokens))
+            return forward(tokens, *rest)
+
+        decode = engine.runner.decode
+
+        def decoded(seqs: list, engine=engine, rows=rows, counted=counted, decode=decode) -> list:
+            draft.columns.clear()
+            rows.clear()
+            engine.runner.decoder.forward = counted
+            drawn = decode(seqs)
+            followed = max(one.drafted for one in drawn)
+            assert rows == [len(seqs) * (1 + followed)]
+            assert followed == (draft.columns[0] if seqs[0].request.speculate and draft.columns else 0)
+            return drawn
+
+        engine.runner.decode = decoded
+        spec = run(engine, requests)
+        assert {n: d.tokens for n, d in spec.items()} == {n: d.tokens for n, d in plain.items()}
+        assert (engine.counts.accepted_tokens > 0) == speculate
+
+
+def test_what_fills_up_a_proposal() -> None:
+    assert filled_up([[5], [], [6, 7]]).tolist() == [[5, NO_DRAFT], [NO_DRAFT, NO_DRAFT], [6, 7]]
+    empty = filled_up([[], []])
+    assert empty.shape == (2, 0) and empty.dtype == torch.int64
 
 
 def test_what_follows_a_stop_is_cut(make_engine, run) -> None:

@@ -51,7 +51,7 @@ def model(model_folder: Path) -> Any:
 
 
 def make_engine(model: Any, *, speculate: bool, batch: int = 8) -> Engine:
-    draft = Ngram(draft_tok=3).load(None, model) if speculate else None
+    draft = Ngram(draft_tok=3, adaptive=False).load(None, model) if speculate else None
     return Engine(model, max_batch_size=batch, kv_cache_tokens=batch * 256, draft=draft, context_tokens=256)
 
 
@@ -123,9 +123,9 @@ def test_greedy_text_is_the_engines_tokens_decoded(model: Any, tokenizer: Any, s
         counts = Native().spec_counts(await client.metrics())
         if speculate:
             assert counts == engine.counts and counts.accepted_tokens > 0
-            told = [stream.speculation for stream in streams]
+            told = [stream.speculation or (0, 0, 0) for stream in streams]  # silent about a text without any draft
             each = (counts.drafts, counts.draft_tokens, counts.accepted_tokens)
-            assert tuple(map(sum, zip(*told, strict=True))) == each and None not in told
+            assert tuple(map(sum, zip(*told, strict=True))) == each
             assert tuple(map(sum, zip(*counts.by_context.values(), strict=True))) == each
         else:
             assert counts is None
