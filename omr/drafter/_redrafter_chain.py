@@ -149,7 +149,7 @@ class Tables:
     def _product(self, weight: Tensor, bias: Tensor | None) -> Product:
         """x -> x W^T + b"""
         if self.eight:
-            run: Product = Int8Linear(weight, bias).forward
+            run: Product = Int8Linear(weight, bias).rows
             return run
         return dense_product(lay_out(weight.detach().contiguous()), bias, packed=True)
 
