@@ -27,7 +27,7 @@ def test_int8_product_is_within_its_rounding(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 16])
 def test_both_ways_of_the_int8_product_are_equal(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN's over a re-ordered weight, where there is VNNI, and torch._int_mm: the same integers, also at their ends."""
+    """oneDNN's over a re-ordered weight, where there is VNNI, and torch._int_mm: the same integers, to both ends."""
     torch.manual_seed(0)
     weight, bias = torch.randn(1024, eight_bit_module.LARGE // 1024), torch.randn(1024)
     x = torch.randn(rows, weight.shape[1])
