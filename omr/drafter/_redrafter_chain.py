@@ -7,7 +7,7 @@ context alone is computed once per draft:
     legend   B batch   H hidden size   E exit_dim   V vocabulary   F first linear on [c ; s]: input_proj, else block 0
     term  (V, H)   W emb(y) + b            state at step 1:  silu(term[y]), since s_0 = 0
     head start     F_c c + f               per draft, added to F_s s at every step
-    [F_s ; U] s    one product per step: F_s s is for this step's logits, U s for the next step's state
+    [F_s ; U] s    one product from a few rows on: F_s s is for this step's logits, U s for the next step's state
 
 The numbers differ from `draft_chain` by rounding only, and no draft depends on batch mates. How many there are may: a
 draft goes on while it is likely to hold as a whole. With q_k the drafter's own probability of its k-th token, a batch
@@ -28,7 +28,7 @@ from omr.nn.argmax import argmax
 from omr.nn.draft_tree import Tree, beam_search, pack, search
 from omr.nn.eight_bit import Int8Linear, eight_bit
 from omr.nn.linear import lay_out
-from omr.nn.packed import dense_product
+from omr.nn.packed import FEW_ROWS, dense_add, dense_product
 from omr.nn.redrafter import Redrafter
 
 silu_, silu_out = torch.ops.aten.silu_.default, torch.ops.aten.silu.out
@@ -129,18 +129,24 @@ class Tables:
         with torch.inference_mode():
             self.term = head.embed_term(embedding.to(next(head.parameters()).dtype))
             self.first_state = self.term
-            of_state = []  # what multiplies a state, stacked: F_s for this step, U for the next
-            self.projects = head.input_proj is not None
+            self.recurs, self.projects = head.rnn_u is not None, head.input_proj is not None
             self.context_part: Product | None = None
+            of_state = []
             if linears := head.linears:
                 self.context_part = self._product(linears[0].weight[:, :h], linears[0].bias)
                 of_state.append(linears[0].weight[:, h:])
-            self.recurrent = head.rnn_u is not None
             if head.rnn_u is not None:
                 self.term = self.term + head.rnn_u.bias
                 self.first_state = F.silu(self.term)
                 of_state.append(head.rnn_u.weight)
-            self.of_state = self._product(torch.cat(of_state), None) if of_state else None
+            self.of_state: Product | None = None
+            if of_state:
+                weight = lay_out(torch.cat(of_state))  # [F_s ; U], or the one there is
+                self.of_state = self._product(weight, None)
+                if self.recurs:  # for few rows, where a product that adds is as good as one over both
+                    self.add_first, self.add_recurrent = (
+                        dense_add(w, packed=False) for w in weight.tensor_split([len(weight) - h])
+                    )
             self.blocks = [self._product(linear.weight, linear.bias) for linear in linears[1:]]
             parts = head.head.parts
             self.out = [self._product(part, None) for part in parts]
@@ -151,7 +157,8 @@ class Tables:
         if self.eight:
             run: Product = Int8Linear(weight, bias).rows
             return run
-        return dense_product(lay_out(weight.detach().contiguous()), bias, packed=True)
+        weight = weight.detach()
+        return dense_product(weight if weight.t().is_contiguous() else lay_out(weight.contiguous()), bias, packed=True)
 
     def start(self, context: Tensor) -> Tensor | None:
         """F_c c + f for contexts (R, H); None without a linear layer."""
@@ -162,26 +169,32 @@ class Tables:
     ) -> tuple[Tensor, Tensor | None]:
         """Bring the state half of x = [c ; s] (R, 2H) to the tokens `newest` (R,) int64.
 
-        Their draft logits (R, D), and U s (R, H) for the next call's `carried`; None without a recurrent state.
+        Their draft logits (R, D), and U s (R, H) for the next call's `carried`, or None to leave it to that call.
         """
         h = self.hidden_size
         state = x[:, h:]
         if first:
             state.copy_(self.first_state.index_select(0, newest))
-        elif carried is None:
+        elif not self.recurs:
             state.add_(self.term.index_select(0, newest))
+        elif carried is None:
+            silu_out(self.add_recurrent(self.term.index_select(0, newest), state), out=state)
         else:
             silu_out(self.term.index_select(0, newest).add_(carried), out=state)
-        y, products = x, None if self.of_state is None else self.of_state(state)
-        if products is not None and start is not None:
-            y = products[:, : start.shape[1]] + start
-            if not self.projects:
-                y = silu_(y).add_(x)
+        y, carried = x, None
+        if start is not None and self.recurs and not self.eight and x.shape[0] < FEW_ROWS:
+            y = self.add_first(start, state)
+        elif self.of_state is not None:
+            products = self.of_state(state)
+            y = x if start is None else products[:, : start.shape[1]] + start
+            carried = products[:, -h:] if self.recurs else None
+        if start is not None and not self.projects:
+            y = silu_(y).add_(x)
         for block in self.blocks:
             y = silu_(block(y)).add_(y)
         for product in self.out:
             y = product(y)
-        return y, products[:, -h:] if products is not None and self.recurrent else None
+        return y, carried
 
     def tokens(self, rows: Tensor) -> Tensor:
         """Token ids of rows of the draft logits."""
