@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from omr.nn.linear import E4M3_MAX, Fp8Linear
 
-LARGE = 1 << 20
+LARGE = 3 << 18
 """Elements of a weight from which oneDNN's int8 product is worth its 30 microseconds a call, for two rows of x or more.
 At 4 and 16 rows it then takes 0.5 to 0.8 of the time of torch._int_mm."""
 
