@@ -6,11 +6,14 @@
 The models are those of the reference measurement of Apple's package (8 layers, H 512, V 8192, 33.7 M parameters;
 drafter with rnn, 2 layers, E 1024, 11.0 M; prompt 64, greedy, one thread), where a 1x4 step took 2.2 to 2.8
 autoregressive steps and a 4x4 step 3.2 to 4.6. Acceptance is near 0 with random weights; a step costs the same whatever
-is accepted. Every repeat runs all variants in turn; a figure is the median over repeats of the ratio of medians of CPU
-time per step. Two floors stand beside it. The byte floor counts each weight read once per product: base once, drafter
-once per drafted token. The product floor is the verification's bare matrix products, for as many rows as the step had,
-timed in the same turns: what is left of a step without attention, drafts and all the rest. Where a batch verifies many
-rows it is arithmetic that binds, and no draft head, however small, brings a step below it.
+is accepted. Every repeat runs all variants, each step in turn with one of plain decoding; a figure is the median over
+repeats of the ratio of medians of CPU time per step. The step is taken apart in plain steps: its products, its
+attention (keys gathered, scores, values), its drafts, and the rest.
+
+Two floors stand beside it. The byte floor counts each weight read once per product: base once, drafter once per drafted
+token. The product floor is the verification's bare matrix products, for as many rows as the step had, timed in the same
+turns: what is left of a step without attention, drafts and all the rest. Where a batch verifies many rows it is
+arithmetic that binds, and no draft head, however small, brings a step below it.
 
 `--apple` runs that package (github.com/apple/ml-recurrent-drafter, with the transformers 4.45.2 it was written for) in
 the same process on the same base and drafter weights, in turn with ours; its ratio is to its own autoregressive loop.
@@ -21,6 +24,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -34,6 +39,7 @@ from omr.nn.redrafter import Redrafter, RedrafterConfig
 from omr.nn.transformer import Transformer
 
 H, V, LAYERS, PROMPT, DRAFTS = 512, 8192, 8, 64, 3
+PARTS = ("products", "attention", "drafts", "rest")
 SHAPES: dict[str, dict[str, object]] = {
     "full head": {},
     "2048 words": {"draft_vocab_size": 2048},
@@ -68,27 +74,85 @@ def read_bytes(made: Redrafter, beams: int, *, eight: bool) -> int:
     return recurrence + rest * (1 if eight else 4)
 
 
-def step_ms(model: Transformer, draft: DraftModel | None, batch: int, steps: int) -> tuple[float, int]:
-    """Median CPU milliseconds of a decode step of `batch` sequences, and the rows of its forward."""
-    engine = Engine(model, max_batch_size=batch, kv_cache_tokens=batch * 512, draft=draft, prefix_caching=False)
-    for i in range(batch):
-        engine.add(Request(id=str(i), prompt_ids=list(range(i, i + PROMPT)), max_tokens=400, ignore_eos=True))
-    while not all(seq.decoding for seq in engine.scheduler.running) or engine.num_waiting or not engine.num_running:
-        engine.step()
-    decoder, rows = engine.runner.decoder, []
-    forward = decoder.forward
+@dataclass
+class Step:
+    """Medians over steps."""
 
-    def counted(tokens: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
-        rows.append(len(tokens))
-        return forward(tokens, positions, batch)
+    ms: float
+    rows: int
+    parts: dict[str, float]
+    """CPU milliseconds of PARTS."""
 
-    decoder.forward = counted
-    times = []
-    for _ in range(steps):
+
+class Decoding:
+    """`batch` sequences past their prompts, decoded a step at a time; what is timed of a step is wrapped in a clock."""
+
+    def __init__(self, model: Transformer, draft: DraftModel | None, batch: int) -> None:
+        self.engine = Engine(
+            model, max_batch_size=batch, kv_cache_tokens=batch * 512, draft=draft, prefix_caching=False
+        )
+        for i in range(batch):
+            self.engine.add(Request(id=str(i), prompt_ids=list(range(i, i + PROMPT)), max_tokens=400, ignore_eos=True))
+        while not self.engine.num_running or self.engine.num_waiting or not self._all_decode():
+            self.engine.step()
+        self.spent: dict[str, float] = {}
+        self.times: list[float] = []
+        self.rows: list[int] = []
+        self.parts: dict[str, list[float]] = {part: [] for part in PARTS}
+        decoder = self.engine.runner.decoder
+        self.forward, decoder.forward = decoder.forward, self._forward
+        self._time("products", decoder, "run_head")
+        for layer in decoder.layers:
+            self._time("products", layer, "run_qkv", "add_o", "run_gate_up", "add_down")
+        self.draft, self.propose = draft, "propose_tree" if hasattr(draft, "propose_tree") else "propose"
+        if draft is not None:
+            self._time("drafts", draft, self.propose)
+
+    def _all_decode(self) -> bool:
+        return all(seq.decoding for seq in self.engine.scheduler.running)
+
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
+        self.rows.append(len(tokens))
+        self._time("attention", batch, "attend")
+        return self.forward(tokens, positions, batch)
+
+    def _time(self, part: str, owner: object, *names: str) -> None:
+        for name in names:
+            run = getattr(owner, name)
+
+            def timed(*args: object, run: Callable[..., object] = run, **knobs: object) -> object:
+                start = time.process_time()
+                result = run(*args, **knobs)
+                self.spent[part] += time.process_time() - start
+                return result
+
+            setattr(owner, name, timed)
+
+    def step(self) -> None:
+        self.spent = dict.fromkeys(PARTS, 0.0)
         start = time.process_time()
-        engine.step()
-        times.append(time.process_time() - start)
-    return statistics.median(times[1:]) * 1e3, statistics.median_low(rows)
+        self.engine.step()
+        self.times.append(time.process_time() - start)
+        self.spent["rest"] = self.times[-1] - sum(self.spent.values())
+        for part, seconds in self.spent.items():
+            self.parts[part].append(seconds)
+
+    def end(self) -> Step:
+        """Medians of all steps but the first; the drafter is as it was."""
+        if self.draft is not None:
+            delattr(self.draft, self.propose)  # the class's own again
+        median = {part: statistics.median(seconds[1:]) * 1e3 for part, seconds in self.parts.items()}
+        return Step(statistics.median(self.times[1:]) * 1e3, statistics.median_low(self.rows), median)
+
+
+def steps(model: Transformer, draft: DraftModel, batch: int, count: int) -> tuple[Step, Step]:
+    """Plain decoding and decoding with `draft`, step after step in turn."""
+    both = Decoding(model, None, batch), Decoding(model, draft, batch)
+    for _ in range(count):
+        for decoding in both:
+            decoding.step()
+    plain, drafted = (decoding.end() for decoding in both)
+    return plain, drafted
 
 
 @torch.inference_mode()
@@ -157,6 +221,18 @@ class Apple:
         return statistics.median(times[1:]) * 1e3
 
 
+def in_plain_steps(times: list[float], plain: list[Step]) -> float:
+    """Median over repeats of milliseconds over those of the plain step beside them."""
+    return statistics.median(ms / base.ms for ms, base in zip(times, plain, strict=True))
+
+
+def row(name: str, batch: int, runs: list[Step], plain: list[Step]) -> str:
+    """A line of the table as far as the rows verified."""
+    parts = " | ".join(f"{in_plain_steps([run.parts[part] for run in runs], plain):.2f}" for part in PARTS)
+    ms, rows = statistics.median(run.ms for run in runs), statistics.median_low([run.rows for run in runs])
+    return f"| {name} | {batch} | {ms:.2f} | {in_plain_steps([run.ms for run in runs], plain):.2f} | {parts} | {rows}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
@@ -181,36 +257,32 @@ def main() -> None:
                 floors[key] = 1 + DRAFTS * read_bytes(made, beams, eight=eight) / base_bytes
                 variants[key] = draft_model(made, model.embed.weight, DRAFTS, num_beams=beams, in_eight_bit=eight)
     decoder = Decoder(model, 1)
-    print("| head | beams | batch | step, ms | ratio to plain | rows | product floor | byte floor |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    parts = " | ".join(PARTS)
+    print(f"| head | beams | batch | step, ms | ratio to plain | {parts} | rows | product floor | byte floor |")
+    print("| --- " * 12 + "|")
     for batch in args.batch:
-        plain: list[float] = []
-        taken: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
+        plain: dict[tuple[str, str], list[Step]] = {key: [] for key in variants}
+        taken: dict[tuple[str, str], list[Step]] = {key: [] for key in variants}
         bare: dict[tuple[str, str], list[float]] = {key: [] for key in variants}
-        rows = dict.fromkeys(variants, 0)
         theirs: dict[int, list[float]] = {beams: [] for beams in (0, 1, 4)}
         for _ in range(args.repeats):
             for beams, times in theirs.items():
                 if apple:
                     times.append(apple.step_ms(beams, batch, args.steps))
-            plain.append(step_ms(model, None, batch, args.steps)[0])
             for key, draft in variants.items():
-                ms, rows[key] = step_ms(model, draft, batch, args.steps)
-                taken[key].append(ms)
-                bare[key].append(products_ms(decoder, rows[key], args.steps))
-        print(f"| none | - | {batch} | {statistics.median(plain):.2f} | 1.00 | {batch} | | 1.00 |")
-        for key, times in taken.items():
-            ratio, floor = (
-                statistics.median(a / b for a, b in zip(part, plain, strict=True)) for part in (times, bare[key])
-            )
-            print(
-                f"| {key[0]} | {key[1]} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} | {rows[key]} | "
-                f"{floor:.2f} | {floors[key]:.2f} |"
-            )
+                alone, drafted = steps(model, draft, batch, args.steps)
+                plain[key].append(alone)
+                taken[key].append(drafted)
+                bare[key].append(products_ms(decoder, drafted.rows, args.steps))
+        every = [run for runs in plain.values() for run in runs]
+        print(row("none | -", batch, every, every) + " | | 1.00 |")
+        for key, runs in taken.items():
+            floor = in_plain_steps(bare[key], plain[key])
+            print(row(" | ".join(key), batch, runs, plain[key]) + f" | {floor:.2f} | {floors[key]:.2f} |")
         for beams, times in theirs.items() if apple else ():
             ratio = statistics.median(a / b for a, b in zip(times, theirs[0], strict=True))
             name = f"{beams}x{1 + DRAFTS}" if beams else "autoregressive"
-            print(f"| Apple's package | {name} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} | | | |")
+            print(f"| Apple's package | {name} | {batch} | {statistics.median(times):.2f} | {ratio:.2f} {'| ' * 8}|")
 
 
 if __name__ == "__main__":

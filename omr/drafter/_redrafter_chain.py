@@ -7,6 +7,7 @@ context alone is computed once per draft:
     legend   B batch   H hidden size   E exit_dim   V vocabulary   F first linear on [c ; s]: input_proj, else block 0
     term  (V, H)   W emb(y) + b            state at step 1:  silu(term[y]), since s_0 = 0
     head start     F_c c + f               per draft, added to F_s s at every step
+    [F_s ; U] s    one product from a few rows on: F_s s is for this step's logits, U s for the next step's state
 
 The numbers differ from `draft_chain` by rounding only, and no draft depends on batch mates. How many there are may: a
 draft goes on while it is likely to hold as a whole. With q_k the drafter's own probability of its k-th token, a batch
@@ -23,15 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omr.nn.argmax import argmax
 from omr.nn.draft_tree import Tree, beam_search, pack, search
-from omr.nn.eight_bit import eight_bit
+from omr.nn.eight_bit import Int8Linear, eight_bit
 from omr.nn.linear import lay_out
-from omr.nn.packed import dense_add, dense_product
+from omr.nn.packed import FEW_ROWS, dense_add, dense_product
 from omr.nn.redrafter import Redrafter
 
 silu_, silu_out = torch.ops.aten.silu_.default, torch.ops.aten.silu.out
 Product = Callable[[Tensor], Tensor]
-Add = Callable[[Tensor, Tensor], Tensor]
 Choose = Callable[[int, Tensor], Tensor]
 History = Sequence[Sequence[int]] | None
 TABLE_ELEMENTS = 2**25
@@ -127,17 +128,25 @@ class Tables:
         self.eight = in_eight_bit
         with torch.inference_mode():
             self.term = head.embed_term(embedding.to(next(head.parameters()).dtype))
-            self.recurrent: Add | None = None
             self.first_state = self.term
+            self.recurs, self.projects = head.rnn_u is not None, head.input_proj is not None
+            self.context_part: Product | None = None
+            of_state = []
+            if linears := head.linears:
+                self.context_part = self._product(linears[0].weight[:, :h], linears[0].bias)
+                of_state.append(linears[0].weight[:, h:])
             if head.rnn_u is not None:
                 self.term = self.term + head.rnn_u.bias
                 self.first_state = F.silu(self.term)
-                self.recurrent = self._add(head.rnn_u.weight)
-            self.projects = head.input_proj is not None
-            self.context_part: Product | None = None
-            if linears := head.linears:
-                self.context_part = self._product(linears[0].weight[:, :h], linears[0].bias)
-                self.state_part = self._add(linears[0].weight[:, h:])
+                of_state.append(head.rnn_u.weight)
+            self.of_state: Product | None = None
+            if of_state:
+                weight = lay_out(torch.cat(of_state))  # [F_s ; U], or the one there is
+                self.of_state = self._product(weight, None)
+                if self.recurs:  # for few rows, where a product that adds is as good as one over both
+                    self.add_first, self.add_recurrent = (
+                        dense_add(w, packed=False) for w in weight.tensor_split([len(weight) - h])
+                    )
             self.blocks = [self._product(linear.weight, linear.bias) for linear in linears[1:]]
             parts = head.head.parts
             self.out = [self._product(part, None) for part in parts]
@@ -146,40 +155,46 @@ class Tables:
     def _product(self, weight: Tensor, bias: Tensor | None) -> Product:
         """x -> x W^T + b"""
         if self.eight:
-            run: Product = eight_bit(weight, bias).forward
+            run: Product = Int8Linear(weight, bias).rows
             return run
-        return dense_product(lay_out(weight.detach().contiguous()), bias, packed=True)
-
-    def _add(self, weight: Tensor) -> Add:
-        """(y, x) -> y + x W^T"""
-        if self.eight:
-            run: Product = eight_bit(weight, None).forward
-            return lambda y, x: run(x).add_(y)
-        return dense_add(lay_out(weight.detach().contiguous()), packed=True)
+        weight = weight.detach()
+        return dense_product(weight if weight.t().is_contiguous() else lay_out(weight.contiguous()), bias, packed=True)
 
     def start(self, context: Tensor) -> Tensor | None:
         """F_c c + f for contexts (R, H); None without a linear layer."""
         return None if self.context_part is None else self.context_part(context)
 
-    def advance(self, x: Tensor, start: Tensor | None, newest: Tensor, *, first: bool) -> Tensor:
-        """Bring the state half of x = [c ; s] (R, 2H) to the tokens `newest` (R,) int64: their draft logits (R, D)."""
-        state = x[:, self.hidden_size :]
+    def advance(
+        self, x: Tensor, start: Tensor | None, newest: Tensor, carried: Tensor | None, *, first: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Bring the state half of x = [c ; s] (R, 2H) to the tokens `newest` (R,) int64.
+
+        Their draft logits (R, D), and U s (R, H) for the next call's `carried`, or None to leave it to that call.
+        """
+        h = self.hidden_size
+        state = x[:, h:]
         if first:
             state.copy_(self.first_state.index_select(0, newest))
-        elif self.recurrent is None:
+        elif not self.recurs:
             state.add_(self.term.index_select(0, newest))
+        elif carried is None:
+            silu_out(self.add_recurrent(self.term.index_select(0, newest), state), out=state)
         else:
-            silu_out(self.recurrent(self.term.index_select(0, newest), state), out=state)
-        y = x
-        if start is not None:
-            y = self.state_part(start, state)
-            if not self.projects:
-                y = silu_(y).add_(x)
+            silu_out(self.term.index_select(0, newest).add_(carried), out=state)
+        y, carried = x, None
+        if start is not None and self.recurs and not self.eight and x.shape[0] < FEW_ROWS:
+            y = self.add_first(start, state)
+        elif self.of_state is not None:
+            products = self.of_state(state)
+            y = x if start is None else products[:, : start.shape[1]] + start
+            carried = products[:, -h:] if self.recurs else None
+        if start is not None and not self.projects:
+            y = silu_(y).add_(x)
         for block in self.blocks:
             y = silu_(block(y)).add_(y)
         for product in self.out:
             y = product(y)
-        return y
+        return y, carried
 
     def tokens(self, rows: Tensor) -> Tensor:
         """Token ids of rows of the draft logits."""
@@ -208,15 +223,15 @@ class TabulatedChain:
         tables, last = self.tables, self.num_draft_tok - 1
         start = tables.start(hidden)
         x = torch.cat([hidden, hidden], dim=1)  # [c ; s]: every step writes s into it
-        newest, drafts = tokens, []
+        newest, carried, drafts = tokens, None, []
         holds, batch = [1.0] * len(tokens), len(tokens)
         enough = self.stop_below * 2 * batch * batch / (batch + 1)
         for k in range(self.num_draft_tok):
-            y = tables.advance(x, start, newest, first=k == 0)
+            y, carried = tables.advance(x, start, newest, carried, first=k == 0)
             if choose is not None:
                 newest = choose(k, y)
             elif self.stop_below == 0 or k == last:
-                newest = tables.tokens(y.argmax(-1))
+                newest = tables.tokens(argmax(y))
             else:
                 chances, best = y.softmax(-1).max(-1)
                 newest = tables.tokens(best)
@@ -241,14 +256,18 @@ class TabulatedTree(TabulatedChain):
         start = tables.start(hidden)
         x = torch.cat([hidden, hidden], dim=1)  # [c ; s] of every beam
 
+        carried: Tensor | None = None
+
         def step(parent: Tensor | None, newest: Tensor) -> Tensor:
-            nonlocal x, start
+            nonlocal x, start, carried
             if parent is not None:
                 beams = len(x) // batch
                 rows = (parent + torch.arange(0, len(x), beams)[:, None]).flatten()
                 x = x.index_select(0, rows)
+                carried = None if carried is None else carried.index_select(0, rows)
                 if beams == 1 and start is not None:
                     start = start.index_select(0, rows)
-            return tables.advance(x, start, newest.flatten(), first=parent is None).view(*newest.shape, -1)
+            y, carried = tables.advance(x, start, newest.flatten(), carried, first=parent is None)
+            return y.view(*newest.shape, -1)
 
         return tree_of(search(step, tokens, tables.draft_tokens, self.num_beams, 1 + self.num_draft_tok).tokens)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 
 from omr.engine.sampler import Law, filtered, invert, uniform
+from omr.nn.argmax import argmax
 
 DRAFT, TEST = 1 << 40, 2 << 40
 """Added to a position: the position of its second and third uniform."""
@@ -56,7 +57,7 @@ class SampledDrafts:
         if rows is not None:
             law, seed, greedy, at = law[rows], seed[rows], greedy[rows], at[rows]
         q = (logits.float() / law).softmax(-1)
-        index = torch.where(greedy, logits.argmax(-1), invert(q, uniform(seed, at + DRAFT)))
+        index = torch.where(greedy, argmax(logits), invert(q, uniform(seed, at + DRAFT)))
         tokens = index if self.draft_tokens is None else self.draft_tokens[index]
         everyone = slice(None) if rows is None else rows
         if self.draft_tokens is None:
@@ -79,4 +80,4 @@ class SampledDrafts:
         stands = coin * q.gather(-1, x)[:, 0] < p.gather(-1, x)[:, 0]
         stands = (stands | (rest.sum(-1) <= 0)) & (drafts >= 0)  # nothing left: p and q are equal
         tokens = torch.where(stands, drafts, invert(rest, uniform(law.seed, positions)))
-        return torch.where(law.greedy, logits.argmax(-1), tokens)
+        return torch.where(law.greedy, argmax(logits), tokens)

@@ -16,11 +16,12 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from omr.engine.request import Request, Sequence, TokenLogprob
+from omr.nn.argmax import argmax
 
 SPLIT_TOP = 256
 """Top-p on CPU looks at this many likeliest tokens before it sorts a whole row."""
@@ -87,13 +88,20 @@ class Law:
             any_top_p=any(r.top_p < 1 for r in sampled),
         )
 
+    def take(self, rows: torch.Tensor) -> Law:
+        """The law of some of its rows, (n,) int64, for the same batch."""
+        if self.all_greedy:
+            return self
+        columns = {name: values[rows] for name, values in vars(self).items() if isinstance(values, torch.Tensor)}
+        return replace(self, **columns)
+
 
 def draw(logits: torch.Tensor, law: Law, positions: torch.Tensor) -> torch.Tensor:
     """Tokens (R,) int64 for positions (R,) int64, from logits (R, V) float32."""
     if law.all_greedy:
-        return logits.argmax(-1)
+        return argmax(logits)
     tokens = invert(filtered((logits / law.temperature).softmax(-1), law), uniform(law.seed, positions))
-    return torch.where(law.greedy, logits.argmax(-1), tokens) if law.any_greedy else tokens
+    return torch.where(law.greedy, argmax(logits), tokens) if law.any_greedy else tokens
 
 
 def invert(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

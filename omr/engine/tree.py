@@ -10,10 +10,16 @@ The cache holds paths, not trees: keys and values of the nodes stay beside the c
 the accepted path alone are then written to the slots of their positions, for all layers in one copy. Rejected nodes
 leave nothing behind and need no slots.
 
-Shapes: B sequences, N nodes, L cached tokens of the longest, Hq, Hkv heads, D head_dim.
+Trees of a batch differ in size. On CPU, where a row of the forward costs arithmetic, the real nodes are laid end to end
+and only attention sees the trees side by side, the smaller ones filled up; on CUDA every tree has the same N rows.
+
+Shapes: B sequences, N nodes of the largest tree, T rows of the forward (the real nodes), L cached tokens of the longest
+sequence, Hq, Hkv heads, D head_dim.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -31,11 +37,17 @@ class TreeBatch:
     """What the nodes attend to: the cached tokens before the root, then each other as `sees` (B, N, N) says.
 
     `tables` (B, blocks) int64, with room for L + N tokens, `cached` (B,) int64 tokens of each sequence in the cache:
-    everything before its root; L is the greatest of them.
+    everything before its root; L is the greatest of them. `sizes` are the nodes of each tree that have a row.
     """
 
     def __init__(
-        self, cache: KVCache, tables: torch.Tensor, cached: torch.Tensor, longest: int, sees: torch.Tensor
+        self,
+        cache: KVCache,
+        tables: torch.Tensor,
+        cached: torch.Tensor,
+        longest: int,
+        sees: torch.Tensor,
+        sizes: list[int],
     ) -> None:
         self.pages = cache
         self.cache = self  # the decoder stores keys and values here, not in the pages
@@ -43,24 +55,43 @@ class TreeBatch:
         self.batch, self.nodes = sees.shape[:2]
         self.total = longest
         self.blocks = tables.flatten()
+        self.firsts = [0, *accumulate(sizes)]
+        """Row of each tree's root."""
+        self.real: torch.Tensor | None = None
+        """(T,) int64, which of the B * N nodes have a row; None when all have."""
+        if self.firsts[-1] < self.batch * self.nodes:
+            nodes = torch.arange(self.nodes, device=sees.device)
+            ends = torch.tensor(sizes, device=sees.device)[:, None]
+            self.real = (nodes < ends).flatten().nonzero()[:, 0]
+            # The row of every node, its tree's root for those that have none.
+            roots = torch.tensor(self.firsts[:-1], device=sees.device)[:, None]
+            self.fill = (roots + torch.where(nodes < ends, nodes, 0)).flatten()
         self.new: list[torch.Tensor] = []
-        """Keys and values of the nodes, (B * N, 2 * Hkv * D) per layer."""
+        """Keys and values of the nodes, (T, 2 * Hkv * D) per layer."""
         before = torch.arange(self.total, device=sees.device) < cached[:, None]  # (B, L)
         seen = torch.cat([before[:, None].expand(-1, self.nodes, -1), sees], dim=-1)  # (B, N, L + N)
         mask = torch.zeros(seen.shape, dtype=cache.data.dtype, device=sees.device).masked_fill_(~seen, float("-inf"))
         self.mask = stacked(mask[:, None], cache.num_heads // cache.num_kv_heads)
 
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, N) -> (T,)"""
+        return values.flatten() if self.real is None else values.flatten().index_select(0, self.real)
+
     def store(self, layer: int, slots: torch.Tensor, qkv: torch.Tensor) -> None:
         """Hold the nodes' keys and values until the walk has chosen among them."""
         assert layer == len(self.new), (layer, len(self.new))
-        self.new.append(qkv[:, self.pages.num_heads * self.pages.head_dim :])
+        self.new.append(qkv[:, self.pages.first_key :])
 
     def attend(self, layer: int, qkv: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """qkv (B * N, (Hq + 2 Hkv) * D), rotated and stored -> (B * N, Hq * D); in E4M3 over `scale` if given."""
+        """qkv (T, (Hq + 2 Hkv) * D), rotated and stored -> (T, Hq * D); in E4M3 over `scale` if given."""
         cache, batch, total = self.pages, self.batch, self.total
+        if self.real is not None:
+            qkv = qkv.index_select(0, self.fill)
         seen = cache.blocks[layer].index_select(0, self.blocks).view(batch, -1, cache.width)[:, : total + self.nodes]
-        seen[:, total:] = self.new[layer].view(batch, self.nodes, -1)
+        seen[:, total:] = qkv[:, cache.first_key :].view(batch, self.nodes, -1)
         out = attend(qkv, seen, self.mask, cache)
+        if self.real is not None:
+            out = out.index_select(0, self.real)
         return out if scale is None else to_e4m3(out, scale)
 
     def keep(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
@@ -88,49 +119,53 @@ class TreeRunner(Runner):
         width = -(-(max(starts) + nodes) // self.cache.block_size)
         tables = [(seq.blocks + [NULL_BLOCK] * width)[:width] for seq in seqs]
         cached = self._ids(starts)
-        positions = cached[:, None] + tree.depths
-        batch = TreeBatch(self.cache, self._ids(tables), cached, max(starts), tree.sees)
-        hidden = self.decoder.forward(tree.tokens.flatten(), positions.flatten(), batch)
-        raw = self.decoder.logits(hidden)  # (B * N, V)
+        sizes = tree.sizes.tolist() if self.device.type == "cpu" else [nodes] * len(seqs)
+        batch = TreeBatch(self.cache, self._ids(tables), cached, max(starts), tree.sees, sizes)
+        positions = batch.rows(cached[:, None] + tree.depths)
+        hidden = self.decoder.forward(batch.rows(tree.tokens), positions, batch)
+        raw = self.decoder.logits(hidden)  # (T, V)
         logits = raw
         if any(seq.request.penalised for seq in seqs):
-            logits = self._penalised_nodes(seqs, raw, tree)
-        drawn_at = sampler.draw(logits, self._law(seqs, nodes), positions.flatten() + 1).view(-1, nodes)
-        paths, drawn_at = walk(tree, drawn_at), drawn_at.tolist()
+            logits = self._penalised_nodes(seqs, raw, tree, batch.firsts)
+        law = self._law(seqs, nodes)
+        at_rows = sampler.draw(logits, law if batch.real is None else law.take(batch.real), positions + 1).tolist()
+        drawn_at = [at_rows[first:end] for first, end in pairwise(batch.firsts)]
+        paths = walk(tree, drawn_at)
         drawn, kept, slots, last = [], [], [], []
         for index, seq in enumerate(seqs):
             path = paths[index] if seq.request.speculate else [0]
             tokens = [drawn_at[index][node] for node in path]
-            count = seq.request.logprobs
+            count, first = seq.request.logprobs, batch.firsts[index]
             logprobs: list[TokenLogprob] | None = None
             if count is not None:
                 logprobs = [
-                    sampler.logprobs_of(raw[index * nodes + node], token, count)
+                    sampler.logprobs_of(raw[first + node], token, count)
                     for node, token in zip(path, tokens, strict=True)
                 ]
             room = path[: seq.max_len - starts[index]]  # positions past the request's end have no slot
-            kept += [index * nodes + node for node in room]
+            kept += [first + node for node in room]
             slots += self._slots(seq, starts[index], starts[index] + len(room))
-            last.append(index * nodes + path[-1])
+            last.append(first + path[-1])
             drafted = self.tree_draft.num_draft_tok if seq.request.speculate else 0
             drawn.append(Drawn(seq=seq, tokens=tokens, logprobs=logprobs, drafted=drafted))
         batch.keep(self._ids(kept), self._ids(slots))
         self.hidden[rows] = hidden.index_select(0, self._ids(last))
         return drawn
 
-    def _penalised_nodes(self, seqs: list[Sequence], logits: torch.Tensor, tree: Tree) -> torch.Tensor:
+    def _penalised_nodes(
+        self, seqs: list[Sequence], logits: torch.Tensor, tree: Tree, firsts: list[int]
+    ) -> torch.Tensor:
         """Logits of every node after the penalties for the tokens on its own path."""
         logits = logits.clone()
         tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
-        nodes = len(tokens[0])
         for index, seq in enumerate(seqs):
             if not seq.request.penalised:
                 continue
             prompt, output = seq.tokens[: seq.num_prompt], seq.tokens[seq.num_prompt :]
             drafted: list[list[int]] = []
-            for node in range(nodes):
+            for node in range(firsts[index + 1] - firsts[index]):
                 parent = parents[index][node]
                 drafted.append(drafted[parent] + [tokens[index][node]] if node and parent >= 0 else [])
-                row = index * nodes + node
+                row = firsts[index] + node
                 logits[row] = sampler.penalise(logits[row], seq.request, prompt, output + drafted[node])
         return logits

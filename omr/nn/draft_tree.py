@@ -21,7 +21,7 @@ probabilities are not needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,13 +165,13 @@ def pack(beams: Tensor, max_nodes: int | None = None) -> Tree:
     return Tree(tokens, parents, depths, sees, sizes, torch.where(node < n, node, -1))
 
 
-def walk(tree: Tree, drawn: Tensor) -> list[list[int]]:
-    """The nodes that the target's own draws, (B, N) int64 one for each node, lead through from the root, for each row.
+def walk(tree: Tree, drawn: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The nodes that the target's own draws, one for each node of each row, lead through from the root.
 
     The tokens of the step are `drawn` at these nodes: their number is accepted drafts + 1.
     """
     paths = []
-    columns = (tree.tokens.tolist(), tree.parents.tolist(), tree.sizes.tolist(), drawn.tolist())
+    columns = (tree.tokens.tolist(), tree.parents.tolist(), tree.sizes.tolist(), drawn)
     for tokens, parents, size, wanted in zip(*columns, strict=True):
         path = [0]
         for node in range(1, size):  # a node comes after its parent, so one pass meets the whole path

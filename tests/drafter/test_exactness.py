@@ -27,6 +27,8 @@ from omr.drafter.redrafter import Redrafter
 from omr.engine.engine import Engine
 from omr.engine.pace import Pace
 from omr.engine.request import Request
+from omr.nn.decoder import Batch
+from omr.nn.draft_tree import Tree
 from omr.nn.loader import load
 from omr.nn.transformer import Transformer
 
@@ -116,6 +118,26 @@ def prompts(**knobs: object) -> list[Request]:
         Request(id=str(i), prompt_ids=ids, max_tokens=60, ignore_eos=True, **knobs)  # type: ignore[arg-type]
         for i, ids in enumerate(GREEDY["prompts"])
     ]
+
+
+def test_a_batch_of_trees_verifies_its_real_nodes_only(model: Transformer) -> None:
+    made, sizes, rows = engine(model, "rnn2-4x4"), [], []
+    runner = made.runner
+    propose, forward = runner.draft.propose_tree, runner.decoder.forward
+
+    def proposed(hidden: Tensor, tokens: Tensor) -> Tree:
+        tree = propose(hidden, tokens)
+        sizes.append(tree.sizes.tolist())
+        return tree
+
+    def ran(tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        rows.append(len(tokens))
+        return forward(tokens, positions, batch)
+
+    runner.draft.propose_tree, runner.decoder.forward = proposed, ran
+    generate(made, prompts())
+    assert rows[-len(sizes) :] == [sum(step) for step in sizes]
+    assert any(len(set(step)) > 1 for step in sizes), "trees of different sizes were meant to share a step"
 
 
 @pytest.mark.parametrize("name", (*CHAINS, *TREES))

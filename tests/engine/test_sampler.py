@@ -137,3 +137,13 @@ def test_greedy_rows_beside_sampled_ones() -> None:
     law = law_of([request(temperature=0.0), request(temperature=2.0, seed=1), request(temperature=0.0, top_k=3)], 20)
     tokens = sampler.draw(logits, law, torch.zeros(3, dtype=torch.int64))
     assert tokens[0] == logits[0].argmax() and tokens[2] == logits[2].argmax()
+
+
+def test_the_law_of_some_rows() -> None:
+    knobs = [{"temperature": 0.7, "top_k": 5}, {"temperature": 0.0}, {"temperature": 1.4, "top_p": 0.6, "seed": 9}]
+    law, rows = law_of([request(**one) for one in knobs], 30, 3), torch.tensor([0, 1, 4, 6, 7, 8])
+    logits, positions = torch.randn(9, 30), torch.arange(9) * 7
+    drawn = sampler.draw(logits, law, positions)
+    assert torch.equal(sampler.draw(logits[rows], law.take(rows), positions[rows]), drawn[rows])
+    greedy = law_of([request(temperature=0.0)], 30, 3)
+    assert torch.equal(sampler.draw(logits[:2], greedy.take(rows[:2]), positions[:2]), logits[:2].argmax(-1))

@@ -106,7 +106,7 @@ def test_walk_follows_the_draws(width: int, length: int, seed: int) -> None:
     beams[:, :, 0] = 0
     tree = pack(beams)
     drawn = torch.randint(3, tree.tokens.shape, generator=g)
-    paths = walk(tree, drawn)
+    paths = walk(tree, drawn.tolist())
     path, accepted = follow(tree, drawn, length - 1)
     assert accepted.tolist() == [len(p) - 1 for p in paths]
     assert path.tolist() == [p + p[-1:] * (length - len(p)) for p in paths]
@@ -164,7 +164,7 @@ def test_law_of_a_step_by_enumeration(seed: int, coins: str) -> None:
     every = Tree(
         *(getattr(tree, f.name).expand(len(outcomes), *[-1] * (getattr(tree, f.name).dim() - 1)) for f in fields(tree))
     )
-    rows = zip(drawn.tolist(), walk(every, drawn), strict=True)
+    rows = zip(drawn.tolist(), walk(every, drawn.tolist()), strict=True)
     steps = Counter(tuple(row[node] for node in path) for row, path in rows)
     emitted = {tokens: Fraction(times, len(outcomes)) for tokens, times in steps.items()}
     for sequence in product(range(TOY), repeat=depth):
