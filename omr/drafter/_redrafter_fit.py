@@ -23,7 +23,7 @@ from omr.drafter._documents import Document, frequent_tokens, read_documents, sp
 from omr.drafter._ranks import Ranks
 from omr.drafter._training import Training, output_matrix
 from omr.drafter._training_state import resume_of
-from omr.errors import InputError, ResourceError
+from omr.errors import ConfigError, InputError, ResourceError
 from omr.nn import config as decoder_config
 from omr.nn.loader import load
 from omr.nn.redrafter import Redrafter, RedrafterConfig, fingerprint, load_redrafter
@@ -84,6 +84,13 @@ def new_head(option: Option, base: Transformer, documents: list[Document]) -> tu
         predict_n=option.predict_n,
         base=fingerprint(base.embed.weight),
     )
+    full = config.exit_dim * config.num_draft_words
+    if config.head_rank * (config.exit_dim + config.num_draft_words) >= full:
+        raise ConfigError(
+            f"drafter.head_rank={config.head_rank} makes two matrices no smaller than the full one of "
+            f"{config.exit_dim} x {config.num_draft_words}; set it below "
+            f"{-(-full // (config.exit_dim + config.num_draft_words))}, or drafter.head=full"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
         drafter = Redrafter(config)  # on the host: the same weights whatever the device
