@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from omr.drafter._other_trainers import argv, output_folder
 from omr.drafter.redrafter import Head, Precision, Redrafter, Start, Train, Trainer
-from omr.errors import ChildError, ConfigError, InputError, MissingBackend
+from omr.errors import ChildError, ConfigError, InputError, MissingBackend, TrainingError
 from omr.nn.loader import load
 
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
@@ -88,6 +91,18 @@ def test_what_goes_wrong_there(base: Path, text: Path, tmp_path: Path) -> None:
         Redrafter(train=how).fit(base, text, out, "cpu")
     with pytest.raises(MissingBackend, match=r"omr\[nemo\]"):
         Redrafter(train=replace(how, trainer=Trainer.nemo_skills, python=None)).fit(base, text, out, "cpu")
+
+
+def test_a_head_that_is_not_finite(base: Path, text: Path, tmp_path: Path) -> None:
+    head, out = shutil.copytree(DATA / "drafter_rnn2", tmp_path / "head"), tmp_path / "out"
+    out.mkdir()
+    tensors = load_file(head / "model.safetensors")
+    tensors["rnn_u.bias"][0] = torch.nan
+    save_file(tensors, head / "model.safetensors")
+    how = replace(THEIRS, python=str(fake(tmp_path, head)))
+    with pytest.raises(TrainingError, match=r"has a loss of nan on held-out text; lower drafter\.train\.lr=0\.001"):
+        Redrafter(train=how).fit(base, text, out, "cpu")
+    assert not list(out.iterdir())
 
 
 def test_head_for_another_base(base: Path, text: Path, tmp_path: Path) -> None:

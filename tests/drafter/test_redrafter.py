@@ -181,6 +181,15 @@ def test_loss_that_is_not_finite_stops_with_its_batch_saved(base: Path, text: Pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("eval_every", [0, 1])
+def test_a_last_step_that_ruins_the_head_is_no_success(eval_every: int, base: Path, text: Path, tmp_path: Path) -> None:
+    how = replace(SHORT, batch_rows=300, warmup=0.0, lr=1e30, eval_every=eval_every)  # one step, of a sound loss
+    with pytest.raises(TrainingError, match=r"drafter loss is \w+ at step 1 of 1; its batch is in "):
+        fit(Redrafter(train=how), base, text, tmp_path / "out")
+    assert "269.ids" in load_file(tmp_path / ".out.resume" / "failed_batch.safetensors")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_out_of_memory_says_what_to_lower_and_loses_nothing(
     base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
