@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omr.errors import ConfigError, InputError
-from omr.records import SUFFIXES, read_records
+from omr.records import SUFFIXES, read_records, sound
 
 ASSETS = Path(__file__).parent / "assets" / "benchmarks"
 OTHER_NAMES = {
@@ -37,8 +37,7 @@ class Problem:
     """The record as it was read; every field of it is repeated in samples.jsonl."""
 
     def __post_init__(self) -> None:
-        if not self.text.isascii():  # half of a surrogate pair can stand in JSON, but no tokenizer takes it
-            self.text = self.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        self.text = sound(self.text)
 
 
 @dataclass(kw_only=True)

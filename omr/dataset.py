@@ -6,7 +6,7 @@ Calibration, fine-tuning and drafter training all read the result. A solution ca
 blocks that the harness appended when it was generated; `model_spans` finds those blocks by the model's code tags. Rows
 are taken in the order of the source, unshuffled: "the first 4096 rows" means the same rows everywhere.
 
-Rows without a problem or a solution are passed over and counted; too few good ones is an error, never a smaller set.
+Rows without a problem or a solution are passed over; too few good ones is an error, never a smaller set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from omr import hub
 from omr.errors import InputError
 from omr.model import TextSource
-from omr.records import read_records
+from omr.records import read_records, sound
 from omr.solve.prompt import CodeTags, prompt_named, render, tags_named
 from omr.text import Span, TextRow, encode_text, iter_text, load_tokenizer, read_text
 
@@ -51,18 +51,15 @@ def write_text(
     end_of_turn = end_of_turn_text(tokenizer)
 
     def laid_out() -> Iterator[TextRow]:
-        good = empty = 0
+        good = 0
         for problem, solution in rows:
             if problem.strip() and solution.strip():
                 good += 1
                 yield lay_out(problem, solution, render(tokenizer, ask.messages(problem)), end_of_turn, tags)
-            else:
-                empty += 1
         if good < min_rows:
-            also = f" ({empty} more had an empty problem or solution)" if empty else ""
             raise InputError(
-                f"found {good} of the {min_rows} rows of text wanted in {source}{also}; give a larger source in "
-                "model.text, or ask for fewer"
+                f"found {good} of the {min_rows} rows of text wanted, with a problem and a solution that are not "
+                f"empty, in {source}; give a larger source in model.text, or ask for fewer"
             )
 
     return write_parquet(laid_out(), out)
@@ -263,4 +260,4 @@ def _text(path: Path, key: str, value: object) -> str:
         raise InputError(
             f"{path}: {key!r} must be text, got {type(value).__name__}; set model.text.problem_key and solution_key"
         )
-    return value or ""
+    return sound(value or "")

@@ -218,14 +218,19 @@ def run_verb(option: Any, verb: str, kwargs: Mapping[str, Any], *, log: Path) ->
         with spawn([sys.executable, "-m", "omr.worker", str(call), str(result)], log=log, echo=True) as child:
             status = child.wait()
         if not result.exists():
-            how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
-            hint = " (out of memory?)" if status == -signal.SIGKILL else ""
-            raise ChildError(f"{what} {how}{hint}; log: {log}", log_tail(log))
+            raise ChildError(f"{what} {manner_of_death(status)}; log: {log}", log_tail(log))
         answer = json.loads(result.read_text())
     if "error" in answer:
         where = f"; log: {log}" if answer["error"] == "ChildError" else ""
         raise rebuild_error(answer["error"], answer["message"] + where)
     return answer["value"]
+
+
+def manner_of_death(status: int) -> str:
+    """How a child with this exit status ended, as the predicate of a sentence."""
+    if status >= 0:
+        return f"exited with status {status}"
+    return f"was killed by signal {-status}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
 
 
 def rebuild_error(kind: str, message: str) -> OmrError:

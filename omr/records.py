@@ -35,6 +35,11 @@ def read_records(file: Path, columns: Sequence[str] | None = None) -> Iterator[R
         yield from _jsonl(file)
 
 
+def sound(text: str) -> str:
+    """`text` without halves of surrogate pairs: JSON can spell them, but no prompt, file or tokenizer takes them."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _jsonl(file: Path) -> Iterator[Record]:
     number = 0
     try:

@@ -171,7 +171,10 @@ def test_spans_that_do_not_fit_are_refused() -> None:
 def test_too_few_rows_leave_no_file(tokenizer_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "text.parquet"
     rows = [("p", "s"), ("", "s"), ("p", "  "), ("p", "s")]
-    with pytest.raises(InputError, match=r"found 2 of the 3 rows of text wanted in the source \(2 more had an empty"):
+    with pytest.raises(
+        InputError,
+        match=r"found 2 of the 3 rows of text wanted, with a problem and a solution that are not empty, in the source",
+    ):
         write_text(rows, tokenizer_dir=tokenizer_dir, prompt="plain", code_tags="openmath", out=out, min_rows=3)
     assert list(out.parent.iterdir()) == []
 
@@ -208,6 +211,15 @@ def test_rows_come_in_order_from_every_kind_of_file(tmp_path: Path, suffix: str)
         path.write_bytes(gzip.compress(lines.encode()))
     assert list(read_rows(source(path), 4)) == [(f"q{i}", f"a{i}") for i in range(4)]
     assert len(list(read_rows(source(path), 100))) == 7
+
+
+def test_halves_of_surrogate_pairs_become_a_replacement_character(tmp_path: Path, tokenizer_dir: Path) -> None:
+    path, out = tmp_path / "x.jsonl", tmp_path / "text.parquet"
+    path.write_text('{"question": "a \\ud800 b", "answer": "\\ud83d\\ude00 \\udfff"}\n')
+    rows = list(read_rows(source(path), 1))
+    assert rows == [("a \N{REPLACEMENT CHARACTER} b", "\N{GRINNING FACE} \N{REPLACEMENT CHARACTER}")]
+    assert write_text(rows, tokenizer_dir=tokenizer_dir, prompt="plain", code_tags="openmath", out=out, min_rows=1) == 1
+    assert read_text(out)[0].problem == rows[0][0]
 
 
 def test_the_key_of_a_file_follows_its_content_and_not_its_path(tmp_path: Path) -> None:

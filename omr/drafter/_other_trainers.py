@@ -4,8 +4,9 @@
     apple         torchrun -m recurrent_drafting.cmd.train             always reads ShareGPT from the hub, Vicuna format
 
 Both need a GPU, write Apple's checkpoint layout into a folder whose name they make up, train every real token (prompt
-and tool output too), start from random weights and know the full head of width 2H only. What they cannot do is refused
-before anything starts. The imported head is measured on our held-out rows, so its numbers compare with ours.
+and tool output too), start from random weights, compute in bfloat16 and know the full head of width 2H only. A recipe
+that says otherwise is refused before anything starts. The imported head is measured on our held-out rows, so its
+numbers compare with ours.
 """
 
 from __future__ import annotations
@@ -85,16 +86,23 @@ def check(option: Option) -> None:
         "drafter.head": (option.head.value, "full"),
         "drafter.exit_dim": (option.exit_dim, None),
         "drafter.draft_vocab_size": (option.draft_vocab_size, 0),
+        "drafter.train.start": (how.start.value, "random"),
+        "drafter.train.precision": (how.precision.value, "bfloat16"),
         "drafter.train.distil": (how.distil, 0.0),
-        "drafter.train.patience": (how.patience, 0),
+        "drafter.train.eval_every": (how.eval_every, 0),
         "drafter.train.cache_states": (how.cache_states, False),
     }
     for name, (value, able) in asked.items():
         if value != able:
             raise ConfigError(
-                f"drafter.train.trainer={how.trainer.value} trains {name}={json.dumps(able)} only, got "
-                f"{json.dumps(value)}; use drafter.train.trainer=omr"
+                f"drafter.train.trainer={how.trainer.value} trains {name}={_shown(able)} only, got "
+                f"{_shown(value)}; set it so, or use drafter.train.trainer=omr"
             )
+
+
+def _shown(value: object) -> str:
+    """As it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def fit_elsewhere(option: Option, base: Path, text: Path, out: Path, device: str) -> dict[str, float]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from omr.drafter._training_state import resume_of
 from omr.errors import ChildError, ConfigError
 from omr.option import fields_of
-from omr.process import free_port, rebuild_error, spawn
+from omr.process import free_port, manner_of_death, rebuild_error, spawn
 
 if TYPE_CHECKING:
     from omr.drafter.redrafter import Redrafter as Option
@@ -113,10 +113,16 @@ def fit_in_ranks(option: Option, base: Path, text: Path, out: Path, device: str)
         waiting = set(range(world))
         while waiting:
             time.sleep(POLL_S)
-            for rank in [r for r in waiting if children[r].poll() is not None]:
+            ended = [rank for rank in waiting if children[rank].poll() is not None]
+            for rank in sorted(ended, key=lambda rank: children[rank].wait() >= 0):  # who was killed, not who lost it
                 waiting.discard(rank)
                 if not answers[rank].exists():
-                    raise ChildError(f"drafter training, rank {rank} of {world}, died", children[rank].log_tail())
+                    child = children[rank]
+                    raise ChildError(
+                        f"drafter training, rank {rank} of {world}, {manner_of_death(child.wait())} (its log is "
+                        f"{child.log})",
+                        child.log_tail(),
+                    )
                 answer = json.loads(answers[rank].read_text())
                 if "error" in answer:
                     raise rebuild_error(answer["error"], answer["message"])

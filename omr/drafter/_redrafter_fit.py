@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,9 +22,9 @@ from tqdm import tqdm
 from omr.artifact import content, file_sha256
 from omr.drafter._documents import Document, frequent_tokens, read_documents, split
 from omr.drafter._ranks import Ranks
-from omr.drafter._training import Training, output_matrix
+from omr.drafter._training import Training, held_out_loss, output_matrix
 from omr.drafter._training_state import resume_of
-from omr.errors import InputError, ResourceError
+from omr.errors import ConfigError, InputError, ResourceError, TrainingError
 from omr.nn import config as decoder_config
 from omr.nn.loader import load
 from omr.nn.redrafter import Redrafter, RedrafterConfig, fingerprint, load_redrafter
@@ -64,6 +65,10 @@ def import_head(option: Option, made: Path, base: Path, text: Path, out: Path, d
         drafter.config = replace(config, predict_n=option.predict_n, base=fingerprint(model.embed.weight))
         kept, held_out = _documents(option, base, text, ranks)
         metrics = Training(option, model, drafter, kept, held_out, ranks).measure()
+        if not math.isfinite(loss := held_out_loss(metrics)):
+            raise TrainingError(
+                f"{made} has a loss of {loss} on held-out text; lower drafter.train.lr={option.train.lr:g}"
+            )
         drafter.save(out)
     return {**metrics, "parameters": float(sum(p.numel() for p in drafter.parameters()))}
 
@@ -84,6 +89,13 @@ def new_head(option: Option, base: Transformer, documents: list[Document]) -> tu
         predict_n=option.predict_n,
         base=fingerprint(base.embed.weight),
     )
+    full = config.exit_dim * config.num_draft_words
+    if config.head_rank * (config.exit_dim + config.num_draft_words) >= full:
+        raise ConfigError(
+            f"drafter.head_rank={config.head_rank} makes two matrices no smaller than the full one of "
+            f"{config.exit_dim} x {config.num_draft_words}; set it below "
+            f"{-(-full // (config.exit_dim + config.num_draft_words))}, or drafter.head=full"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
         drafter = Redrafter(config)  # on the host: the same weights whatever the device

@@ -12,7 +12,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +105,10 @@ class Training:
         if self.progress.best:
             self.drafter.load_state_dict(self.progress.best, strict=False)
         taken = self.steps[: self.progress.step]
+        measured = self.measure()
+        self._check(len(taken) - 1, held_out_loss(measured), resume)  # what the last step did shows here alone
         return {
-            **self.measure(),
+            **measured,
             "steps": float(len(taken)),
             "train_targets": float(
                 sum(sum(self.kept[row].counts) for step in taken for batch in step for row in batch)
@@ -138,8 +140,9 @@ class Training:
         self._losses.clear()
         if evaluates:
             held_out = self.measure()
+            self._check(step, held_out_loss(held_out), resume)
             row |= {f"drafter/held_out_{k}": v for k, v in held_out.items()}
-            self._remember(self.ranks.from_first(sum(v for k, v in held_out.items() if k.endswith("_loss"))))
+            self._remember(self.ranks.from_first(held_out_loss(held_out)))
         self.progress.curve.append({"step": float(step + 1), **row})
         return loss
 
@@ -222,9 +225,9 @@ class Training:
             meter.add(batch.targets, out, replay=replay)
         return out
 
-    def _check(self, step: int, step_loss: Tensor, resume: Path) -> None:
-        """Raise TrainingError if the loss of that step is not finite, with its batch saved."""
-        loss = step_loss.item()
+    def _check(self, step: int, step_loss: Tensor | float, resume: Path) -> None:
+        """Raise TrainingError if the loss in that step or after it is not finite, with the step's batch saved."""
+        loss = float(step_loss)
         if math.isfinite(loss):
             return
         path = resume / "failed_batch.safetensors"
@@ -238,6 +241,11 @@ class Training:
             f"drafter loss is {loss} at step {step + 1} of {len(self.steps)}; its batch is in {path}. Lower "
             f"drafter.train.lr={self.how.lr:g}, or raise drafter.train.warmup={self.how.warmup:g}"
         )
+
+
+def held_out_loss(measured: Mapping[str, float]) -> float:
+    """Sum of the losses of all positions in what `Training.measure` returned."""
+    return sum(value for name, value in measured.items() if name.endswith("_loss"))
 
 
 def schedule(kind: str, step: int, steps: int, warmup: float) -> float:

@@ -193,6 +193,11 @@ class Redrafter(Drafter):
             raise ConfigError(f"drafter.stop_below must be in [0, 1], got {self.stop_below}")
         if self.num_beams > MAX_BEAMS:
             raise ConfigError(f"drafter.num_beams must be <= {MAX_BEAMS}, got {self.num_beams}")
+        if 0 < self.draft_vocab_size < self.num_beams:
+            raise ConfigError(
+                f"drafter.num_beams={self.num_beams} different first tokens cannot be drafted from "
+                f"drafter.draft_vocab_size={self.draft_vocab_size}; lower the first or raise the second"
+            )
         check_sampled(sampled=self.sampled, adaptive=self.adaptive)
         if self.sampled and self.num_beams > 1:
             raise ConfigError(

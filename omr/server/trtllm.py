@@ -127,10 +127,16 @@ class Trtllm(Server):
                 f"server.backend={self.backend.name} cannot run drafter={drafter.option_name}; "
                 f"server.backend={other} can"
             )
-        if isinstance(drafter, Redrafter) and (drafter.head is not Head.full or drafter.draft_vocab_size):
-            raise ConfigError(
-                "a TensorRT-LLM engine takes a ReDrafter with drafter.head=full and drafter.draft_vocab_size=0"
-            )
+        if isinstance(drafter, Redrafter):
+            if drafter.head is not Head.full or drafter.draft_vocab_size:
+                raise ConfigError(
+                    "a TensorRT-LLM engine takes a ReDrafter with drafter.head=full and drafter.draft_vocab_size=0, "
+                    f"got {drafter.head.value} and {drafter.draft_vocab_size}; server=native takes any"
+                )
+            if drafter.sampled:
+                raise ConfigError(
+                    "a TensorRT-LLM engine drafts beams; set drafter.sampled=false, or server=native to sample drafts"
+                )
         if self.backend is Backend.pytorch:
             if spec.quant == "int8_wo":
                 raise ConfigError("server.backend=pytorch cannot run quant=int8_wo; server.backend=tensorrt can")

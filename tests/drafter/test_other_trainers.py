@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from omr.drafter._other_trainers import argv, output_folder
-from omr.drafter.redrafter import Head, Redrafter, Train, Trainer
-from omr.errors import ChildError, ConfigError, InputError, MissingBackend
+from omr.drafter.redrafter import Head, Precision, Redrafter, Start, Train, Trainer
+from omr.errors import ChildError, ConfigError, InputError, MissingBackend, TrainingError
 from omr.nn.loader import load
 
 DATA = Path(__file__).parents[1] / "data" / "redrafter"
-AIMO2 = Train(rows=100000, batch_rows=1, accumulation=8, trainer=Trainer.nemo_skills, python="/env/bin/python")
+THEIRS = Train(rows=300, held_out=30, start=Start.random, precision=Precision.bfloat16, trainer=Trainer.nemo_skills)
+AIMO2 = replace(THEIRS, rows=100000, batch_rows=1, accumulation=8, python="/env/bin/python")
 
 FAKE = """#!{python}
 import json, pathlib, shutil, sys
@@ -62,7 +67,7 @@ def test_the_pipeline_s_command_line(tmp_path: Path) -> None:
 
 
 def test_checkpoint_is_imported_and_measured(base: Path, text: Path, tmp_path: Path) -> None:
-    how = Train(rows=300, held_out=30, trainer=Trainer.nemo_skills, python=str(fake(tmp_path, DATA / "drafter_rnn2")))
+    how = replace(THEIRS, python=str(fake(tmp_path, DATA / "drafter_rnn2")))
     option, out = Redrafter(train=how), tmp_path / "out"
     out.mkdir()
     metrics = option.fit(base, text, out, "cpu")
@@ -78,7 +83,7 @@ def test_checkpoint_is_imported_and_measured(base: Path, text: Path, tmp_path: P
 def test_what_goes_wrong_there(base: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    how = Train(rows=300, trainer=Trainer.apple, python=str(fake(tmp_path, DATA / "drafter_rnn2", fails=True)))
+    how = replace(THEIRS, trainer=Trainer.apple, python=str(fake(tmp_path, DATA / "drafter_rnn2", fails=True)))
     with pytest.raises(ChildError, match=r"exited with status 1(.|\n)*device-side assert"):
         Redrafter(train=how).fit(base, text, out, "cpu")
     how = replace(how, python=str(fake(tmp_path, DATA)))
@@ -86,6 +91,18 @@ def test_what_goes_wrong_there(base: Path, text: Path, tmp_path: Path) -> None:
         Redrafter(train=how).fit(base, text, out, "cpu")
     with pytest.raises(MissingBackend, match=r"omr\[nemo\]"):
         Redrafter(train=replace(how, trainer=Trainer.nemo_skills, python=None)).fit(base, text, out, "cpu")
+
+
+def test_a_head_that_is_not_finite(base: Path, text: Path, tmp_path: Path) -> None:
+    head, out = shutil.copytree(DATA / "drafter_rnn2", tmp_path / "head"), tmp_path / "out"
+    out.mkdir()
+    tensors = load_file(head / "model.safetensors")
+    tensors["rnn_u.bias"][0] = torch.nan
+    save_file(tensors, head / "model.safetensors")
+    how = replace(THEIRS, python=str(fake(tmp_path, head)))
+    with pytest.raises(TrainingError, match=r"has a loss of nan on held-out text; lower drafter\.train\.lr=0\.001"):
+        Redrafter(train=how).fit(base, text, out, "cpu")
+    assert not list(out.iterdir())
 
 
 def test_head_for_another_base(base: Path, text: Path, tmp_path: Path) -> None:
@@ -96,7 +113,7 @@ def test_head_for_another_base(base: Path, text: Path, tmp_path: Path) -> None:
 
     head.mkdir()
     Module(RedrafterConfig(vocab_size=64, hidden_size=16, exit_dim=32, num_draft_layers=1)).save(head)
-    how = Train(rows=300, trainer=Trainer.apple, python=str(fake(tmp_path, head)))
+    how = replace(THEIRS, trainer=Trainer.apple, python=str(fake(tmp_path, head)))
     with pytest.raises(InputError, match="is for hidden size 16 and 64 tokens, the base has 32 and 128"):
         Redrafter(train=how).fit(base, text, out, "cpu")
 
@@ -107,11 +124,13 @@ def test_head_for_another_base(base: Path, text: Path, tmp_path: Path) -> None:
         ({"head": Head.base}, {}, "drafter.head"),
         ({"exit_dim": 48}, {}, "drafter.exit_dim"),
         ({"draft_vocab_size": 9}, {}, "drafter.draft_vocab_size"),
+        ({}, {"start": Start.base}, r"drafter\.train\.start=random only, got base"),
+        ({}, {"precision": Precision.float32}, r"drafter\.train\.precision=bfloat16 only"),
         ({}, {"distil": 0.5}, "drafter.train.distil"),
-        ({}, {"patience": 1, "eval_every": 1}, "drafter.train.patience"),
+        ({}, {"eval_every": 5}, "drafter.train.eval_every"),
         ({}, {"cache_states": True}, "drafter.train.cache_states"),
     ],
 )
-def test_recipes_they_cannot_train(change: dict[str, object], how: dict[str, float], name: str) -> None:
+def test_recipes_they_cannot_train(change: dict[str, object], how: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        Redrafter(**change, train=Train(trainer=Trainer.apple, **how))  # type: ignore[arg-type]
+        Redrafter(**change, train=replace(THEIRS, trainer=Trainer.apple, **how))  # type: ignore[arg-type]

@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -22,7 +24,7 @@ from omr.artifact import content
 from omr.drafter import _training
 from omr.drafter._training import schedule
 from omr.drafter.redrafter import Base, Head, Redrafter, Schedule, Train
-from omr.errors import ConfigError, InputError, OmrError, ResourceError, TrainingError
+from omr.errors import ChildError, ConfigError, InputError, OmrError, ResourceError, TrainingError
 from omr.nn.loader import load
 from omr.nn.redrafter import load_redrafter
 from omr.option import fields_of, from_fields
@@ -146,6 +148,29 @@ def test_two_ranks_train_the_head_of_one(base: Path, text: Path, tmp_path: Path)
     assert content(both) == content(replace(both, num_processes=1))
 
 
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_is_named(base: Path, text: Path, tmp_path: Path) -> None:
+    option = Redrafter(train=replace(SHORT, epochs=500, accumulation=2), num_processes=2)
+    logs = tmp_path / ".out.resume"
+    victim: list[psutil.Process] = []
+
+    def kill_one() -> None:
+        for _ in range(600):
+            time.sleep(0.1)
+            ranks = psutil.Process().children(recursive=True)
+            victim[:] = [rank for rank in ranks if str(logs / "rank1.json") in rank.cmdline()]
+            if victim and (logs / "rank0.log").exists() and b"train drafter" in (logs / "rank0.log").read_bytes():
+                victim[0].kill()
+                return
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(ChildError, match=r"rank 1 of 2, was killed by signal 9 \(out of memory\?\) .*rank1\.log"):
+        fit(option, base, text, tmp_path / "out")
+    killer.join()
+    assert victim and not any("omr.worker" in child.cmdline() for child in psutil.Process().children(recursive=True))
+
+
 def test_loss_that_is_not_finite_stops_with_its_batch_saved(base: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"drafter loss is \w+ at step \d+ of 34; its batch is in .*lr=1e\+30"
@@ -154,6 +179,15 @@ def test_loss_that_is_not_finite_stops_with_its_batch_saved(base: Path, text: Pa
     saved = load_file(tmp_path / ".out.resume" / "failed_batch.safetensors")
     assert saved["0.ids"].shape == saved["0.is_target"].shape and "7.ids" in saved
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("eval_every", [0, 1])
+def test_a_last_step_that_ruins_the_head_is_no_success(eval_every: int, base: Path, text: Path, tmp_path: Path) -> None:
+    how = replace(SHORT, batch_rows=300, warmup=0.0, lr=1e30, eval_every=eval_every)  # one step, of a sound loss
+    with pytest.raises(TrainingError, match=r"drafter loss is \w+ at step 1 of 1; its batch is in "):
+        fit(Redrafter(train=how), base, text, tmp_path / "out")
+    assert "269.ids" in load_file(tmp_path / ".out.resume" / "failed_batch.safetensors")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_out_of_memory_says_what_to_lower_and_loses_nothing(
@@ -273,6 +307,12 @@ def test_every_head_trains_and_loads(change: dict[str, object], base: Path, text
     assert drafts.shape == (5, 3)
 
 
+def test_a_low_rank_head_that_is_larger_than_a_full_one(base: Path, text: Path, tmp_path: Path) -> None:
+    option = Redrafter(head=Head.low_rank, head_rank=43, train=SHORT)  # 64 x 128 is 42.7 x (64 + 128)
+    with pytest.raises(ConfigError, match=r"head_rank=43 .* full one of 64 x 128; set it below 43"):
+        fit(option, base, text, tmp_path / "out")
+
+
 def test_load_refuses_what_does_not_belong(trained: tuple[Path, dict[str, float]], base: Path, tmp_path: Path) -> None:
     out, _ = trained
     model = load(base, device="cpu")
@@ -304,6 +344,7 @@ def test_load_refuses_what_does_not_belong(trained: tuple[Path, dict[str, float]
         ({"head": Head.low_rank}, "head_rank"),
         ({"draft_tok": 4}, "draft_tok"),
         ({"draft_vocab_size": -1}, "draft_vocab_size"),
+        ({"draft_vocab_size": 3, "num_beams": 4}, "num_beams"),
         ({"num_processes": 0}, "num_processes"),
         ({"num_processes": 2}, "accumulation"),
     ],
