@@ -82,24 +82,34 @@ class Pace:
         self._held = [Chance() for _ in range(num_draft_tok)]
         """a_1, a_2, ..."""
         self._steps = 0
-        self._since_trial = 0
+        self._last_trial = 0
+        """Number of the last step that tried another length than the best."""
         self._standing: dict[int, tuple[int, int]] = {}
         """By bucket: the chosen length, and for how many steps more."""
         self._started = 0.0
-        self._step = (0, 0)
+        self._step: tuple[int, int] | None = None
+        """Bucket and length of the step that runs, when it is measured."""
 
     def drafts(self, batch: int) -> int:
         """How many tokens the step for `batch` sequences, about to start, shall draft."""
         bucket = batch.bit_length()
-        choice = self._choose(bucket, batch)
-        self._step = (bucket, choice)
         self._steps += 1
+        best, steps = self._standing.get(bucket, (0, 0))
+        if steps:
+            self._standing[bucket] = best, steps - 1
+            if not best:  # nothing to learn but the time, which the first such step tells
+                self._step = None
+                return 0
+        choice = best if steps else self._choose(bucket, batch)
+        self._step = (bucket, choice)
         self._tried[self._step] = self._steps
         self._started = self._clock()
         return choice
 
     def done(self, results: Sequence[tuple[int, int]]) -> None:
         """The step is over; `results` has for each sequence how many drafts it had and how many were accepted."""
+        if self._step is None:
+            return
         elapsed = self._clock() - self._started
         bucket, choice = self._step
         accepted = [count for drafted, count in results if drafted] if choice else []
@@ -117,11 +127,6 @@ class Pace:
                 held.add(sum(count > i for count in accepted) / len(accepted))
 
     def _choose(self, bucket: int, batch: int) -> int:
-        self._since_trial += 1
-        best, steps = self._standing.get(bucket, (0, 0))
-        if steps:
-            self._standing[bucket] = best, steps - 1
-            return best
         if (bucket, 0) not in self._took:
             return 0
         if self._found.count < FIRST_ASKED and self._cost(bucket, self.lengths[0]) is None:
@@ -133,10 +138,11 @@ class Pace:
         # A trial loses its time less what the best length would need for the same tokens; in steps of that length.
         lost = costs[other] / costs[best] - gives[other] / gives[best]
         due = min(RARELY, max(1.0, lost / LOSS))
-        if self._since_trial >= due:
-            self._since_trial = 0
+        since = self._steps - self._last_trial
+        if since >= due:
+            self._last_trial = self._steps
             return other
-        self._standing[bucket] = best, min(HELD_STEPS - 1, max(0, int(due) - self._since_trial - 1))
+        self._standing[bucket] = best, min(HELD_STEPS - 1, max(0, int(due) - since - 1))
         return best
 
     def _gives(self) -> dict[int, float]:
