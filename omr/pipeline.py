@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ from omr import dataset, extra_trackers, on_policy, source, tracker
 from omr.artifact import Store, content, file_sha256, resume_folder
 from omr.benchmark import Problem
 from omr.config import Config, home
-from omr.errors import ResourceError
+from omr.errors import ConfigError, ResourceError
 from omr.machine import gpu_bytes, host_bytes
 from omr.option import discover
 from omr.process import check_port, run_verb
@@ -56,6 +57,11 @@ def preflight(cfg: Config) -> None:
     Raises MissingBackend, ConfigError, InputError or ResourceError.
     """
     device = cfg.device_name()
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":  # its ranks would wait for each other's artifacts
+        raise ConfigError(
+            "omr starts its own processes: run it once (drafter.num_processes=N trains on N GPUs), not under torchrun; "
+            f"WORLD_SIZE is {world}"
+        )
     cfg.job.preflight(cfg)
     extra_trackers.require(cfg.also_track)
     try:

@@ -280,14 +280,17 @@ class _Training:
         """Write a point of the curve: the mean loss of the steps since the last. Raises TrainingError."""
         losses = [float(loss) for loss, _ in waiting]
         mean = sum(losses) / len(losses)
-        if not math.isfinite(mean):
-            raise TrainingError(
-                f"the loss is {mean} at step {step} of {len(self.steps)}; lower job.recipe.lr (now {self.recipe.lr:g})"
-            )
+        self._must_be_finite(mean, step)
         self.curve.append({"step": step, "loss": mean, "lr": waiting[-1][1]})
         with (self.out / CURVE).open("a") as file:
             file.write(json.dumps(self.curve[-1]) + "\n")
         return mean
+
+    def _must_be_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {step} of {len(self.steps)}; lower job.recipe.lr (now {self.recipe.lr:g})"
+            )
 
     def _save_state(self, step: int, optimiser: Any) -> None:
         import torch
@@ -328,6 +331,9 @@ class _Training:
     def _finish(self, base: Path, seconds: float) -> dict[str, float]:
         import torch
 
+        ids, mask = next(self.documents.batches(self.steps[-1], self.recipe.tokens_per_forward))
+        with torch.no_grad():  # no step's loss has seen the last update yet
+            self._must_be_finite(float(self._loss(torch.from_numpy(ids), torch.from_numpy(mask))), len(self.steps))
         self.model.config.use_cache = True
         self.model.to(torch.bfloat16).save_pretrained(self.out, safe_serialization=True)
         copy_tokenizer(base, self.out)

@@ -49,12 +49,13 @@ def test_it_is_refused_in_one_line(overrides: list[str], kind: type[OmrError], s
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_training_under_torchrun_is_refused_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("job", ["train", "eval"])
+def test_a_run_under_torchrun_is_refused_instead_of_hanging(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"run it once, with drafter\.num_processes=N, not under torchrun"):
-        pipeline.preflight(one("job=train", "drafter=redrafter"))
+    with pytest.raises(ConfigError, match=r"drafter\.num_processes=N trains on N GPUs\), not under torchrun"):
+        pipeline.preflight(one(f"job={job}", "drafter=redrafter"))
     monkeypatch.setenv("WORLD_SIZE", "1")
-    pipeline.preflight(one("job=train", "drafter=redrafter"))
+    pipeline.preflight(one(f"job={job}", "drafter=redrafter"))
 
 
 def test_a_port_in_use_is_refused_before_anything_is_built() -> None:

@@ -188,6 +188,10 @@ def test_a_loss_that_is_not_finite_stops_it(base: Path, text: Path, tmp_path: Pa
     recipe = Recipe(**{**SMALL, "epochs": 8, "lr": 1e30, "grad_clip": 0.0, "warmup": 0.0})
     with pytest.raises(TrainingError, match=r"the loss is \w+ at step \d+ of \d+; lower job.recipe.lr"):
         train(base=base, text=text, out=tmp_path / "out", recipe=recipe, device="cpu")
+    only = Recipe(**{**SMALL, "tokens_per_step": 1 << 20, "epochs": 1, "lr": 1e30, "grad_clip": 0.0, "warmup": 0.0})
+    with pytest.raises(TrainingError, match=r"the loss is \w+ at step 1 of 1"):  # the update that spoils it is the last
+        train(base=base, text=text, out=tmp_path / "out", recipe=only, device="cpu")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_fresh_model_is_a_folder_like_any_other(tokenizer_dir: Path, text: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,11 +24,6 @@ class Train(Job):
     def preflight(self, cfg: Config) -> None:
         if not cfg.drafter.trained:
             raise ConfigError(f"job=train: drafter={cfg.drafter.option_name} is not trained; choose drafter=redrafter")
-        if (world := os.environ.get("WORLD_SIZE", "1")) != "1":  # its ranks would wait for each other's artifact
-            raise ConfigError(
-                f"job=train starts its own processes: run it once, with drafter.num_processes=N, not under torchrun "
-                f"(WORLD_SIZE is {world})"
-            )
 
     def run(self, run: Run) -> float | None:
         from omr import pipeline
