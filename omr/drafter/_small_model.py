@@ -3,7 +3,7 @@
 It keeps a paged KV cache of its own. A sequence is known by the identity of its list of ids; what is cached for it is
 compared with that list, so rejected drafts are computed again and accepted ones are not. A step is one forward over
 what each sequence has gained since (ragged), then one per further draft (a token a sequence). When the cache is full
-the sequences that were not drafted for longest are dropped; one that does not fit at all repeats its newest token.
+the sequences that were not drafted for longest are dropped; one that does not fit at all has no draft.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from omr.drafter import NO_DRAFT
 from omr.errors import InputError
 from omr.nn.decoder import Decoder
 from omr.nn.loader import load
@@ -63,16 +64,20 @@ class SmallModelDraft:
 
     def propose(self, hidden: Tensor | None, tokens: Tensor, history: History) -> Tensor:
         """See DraftModel. `history` ends with the newest token."""
-        return self.propose_sampled(hidden, tokens, history, lambda step, logits, rows: logits.argmax(-1))
+        return self._draft(torch.full_like(tokens, NO_DRAFT), history, lambda step, logits, rows: logits.argmax(-1))
 
-    @torch.inference_mode()
     def propose_sampled(
         self, hidden: Tensor | None, tokens: Tensor, history: History, choose: Callable[..., Tensor]
     ) -> Tensor:
-        """See SampledDraftModel. A sequence that does not fit has no draft: its newest token, repeated."""
-        assert history is not None and len(history) == len(tokens), "a draft model reads the history"
+        """See SampledDraftModel. A sequence that does not fit drafts its newest token, repeated."""
+        return self._draft(tokens, history, choose)
+
+    @torch.inference_mode()
+    def _draft(self, otherwise: Tensor, history: History, choose: Callable[..., Tensor]) -> Tensor:
+        """Drafts (B, num_draft_tok) int64; of a sequence that does not fit its token of `otherwise` (B,)."""
+        assert history is not None and len(history) == len(otherwise), "a draft model reads the history"
         self.clock += 1
-        drafts = tokens[:, None].repeat(1, self.num_draft_tok)
+        drafts = otherwise[:, None].repeat(1, self.num_draft_tok)
         fits = [(row, ids, lane) for row, ids in enumerate(history) if (lane := self._lane(ids)) is not None]
         if not fits:
             return drafts

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from omr.drafter import NO_DRAFT
 from omr.drafter.draft_model import SmallModel
 from omr.engine.engine import Engine
 from omr.engine.request import Request
@@ -53,12 +54,26 @@ def test_drafts_are_the_small_model_s_own_whatever_was_rejected() -> None:
     assert len(draft.free) + sum(len(lane.blocks) for lane in draft.lanes.values()) == 16
 
 
-def test_a_sequence_that_does_not_fit_repeats_its_newest_token() -> None:
+def test_a_sequence_that_does_not_fit_has_no_draft() -> None:
     model = load(BASE, device="cpu")
     draft = SmallModel(model=str(BASE), kv_cache_tokens=16).load(None, model)
     long = list(range(3, 60))
-    assert draft.propose(None, torch.tensor([59]), [long]).tolist() == [[59, 59, 59]]
+    assert draft.propose(None, torch.tensor([59]), [long]).tolist() == [[NO_DRAFT] * 3]
     assert len(draft.free) == 1
+    engine = Engine(model, kv_cache_tokens=2048, draft=draft)
+    engine.add(Request(id="long", prompt_ids=long, max_tokens=5, ignore_eos=True))
+    engine.add(Request(id="short", prompt_ids=[3, 4], max_tokens=5, ignore_eos=True))
+    tokens: dict[str, list[int]] = {"long": [], "short": []}
+    while engine.num_unfinished:
+        for output in engine.step():
+            tokens[output.id] += output.token_ids
+    for ids, written in ((long, tokens["long"]), ([3, 4], tokens["short"])):
+        for end in range(5):
+            text = torch.tensor([ids + written[:end]])
+            assert written[end] == int(model.lm_head(model.hidden_states(text)[0, -1]).argmax())
+    assert (
+        0 < engine.counts.accepted_tokens == engine.counts.draft_tokens
+    )  # of the short one alone: base and draft agree
 
 
 def test_refusals(tmp_path: Path) -> None:
