@@ -9,7 +9,6 @@ and SERVED, which are heads and ways to draft with them, answer the GSM8K test p
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from run import Study, Subject, parser, table
+from run import batch_sizes, begin, end, parser
 
 from omr.drafter.redrafter import Head
 
@@ -40,13 +39,10 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main() -> int:
     args = parser(__doc__).parse_args()
-    batches = [int(b) for b in args.batches.split(",") if b]
-    study = Study(args)
-    subject = study.stage("load", 0, lambda: Subject(args))
-    documents = subject and study.stage("solve training problems", 0, subject.solve_training)
-    if not documents or study.stage("solve benchmark", 0, subject.solve_benchmark) is None:
+    begun = begin(args)
+    if begun is None:
         return 1
-    study.results["training problems"] = subject.solved
+    study, subject, documents = begun
     for name, knobs in HEADS.items():
         study.stage(f"train {name}", 50, lambda n=name, k=knobs: subject.train(documents, n, **k))
     if args.device == "cuda":
@@ -56,14 +52,9 @@ def main() -> int:
         if f"train {head}" in study.results:
             study.stage(f"acceptance {name}", 5, lambda h=head, k=knobs: subject.accept(h, **k))
             made[name] = lambda h=head, k=knobs: subject.redrafter(h, **k)
-    for batch in batches:
+    for batch in batch_sizes(args):
         study.stage(f"batch {batch}", 20, lambda b=batch: subject.speeds(b, made))
-    if args.device == "cuda":
-        study.results["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    study.results["seconds"]["all"] = time.monotonic() - study.start
-    study.save()
-    table(study.results, batches, list(made))
-    return 1 if study.results["failed"] else 0
+    return end(study, list(made))
 
 
 if __name__ == "__main__":

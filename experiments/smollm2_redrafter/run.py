@@ -274,34 +274,52 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    args = parser(__doc__).parse_args()
-    batches = [int(b) for b in args.batches.split(",") if b]
+def begin(args: argparse.Namespace) -> tuple[Study, Subject, list[Document]] | None:
+    """Load the base and let it solve the problems, those to train on and those to measure on. None if that failed."""
     study = Study(args)
     subject = study.stage("load", 0, lambda: Subject(args))
     documents = subject and study.stage("solve training problems", 0, subject.solve_training)
     if not documents or study.stage("solve benchmark", 0, subject.solve_benchmark) is None:
-        return 1
+        return None
     study.results["training problems"] = subject.solved
+    return study, subject, documents
+
+
+def end(study: Study, drafters: Sequence[str]) -> int:
+    """The last of the results, the table of speeds, and the exit status."""
+    if study.args.device == "cuda":
+        study.results["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    study.results["seconds"]["all"] = time.monotonic() - study.start
+    study.save()
+    table(study.results, batch_sizes(study.args), drafters)
+    return 1 if study.results["failed"] else 0
+
+
+def batch_sizes(args: argparse.Namespace) -> list[int]:
+    return [int(b) for b in args.batches.split(",") if b]
+
+
+def main() -> int:
+    args = parser(__doc__).parse_args()
+    begun = begin(args)
+    if begun is None:
+        return 1
+    study, subject, documents = begun
     if study.stage("train", 0, lambda: subject.train(documents)) is None:
         return 1
     if args.device == "cuda":
         torch.cuda.empty_cache()
     study.stage("acceptance", 5, subject.accept)
 
-    for batch in batches:
-        study.stage(f"batch {batch}", 20, lambda b=batch: subject.speeds(b, subject.drafters()))
+    drafters = subject.drafters()
+    for batch in batch_sizes(args):
+        study.stage(f"batch {batch}", 20, lambda b=batch: subject.speeds(b, drafters))
     study.stage("agreement", 6, subject.agree)
     study.stage("agreement in float32", 5, subject.float32_agrees)
-    two = {name: subject.drafters()[name] for name in ("none", "redrafter")}
-    for batch in (32, 1) if batches else ():
+    two = {name: drafters[name] for name in ("none", "redrafter")}
+    for batch in (32, 1) if args.batches else ():
         study.stage(f"batch {batch}, T 0.7", 10, lambda b=batch: subject.speeds(b, two, 0.7))
-    if args.device == "cuda":
-        study.results["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    study.results["seconds"]["all"] = time.monotonic() - study.start
-    study.save()
-    table(study.results, batches, list(subject.drafters()))
-    return 1 if study.results["failed"] else 0
+    return end(study, list(drafters))
 
 
 def table(results: dict[str, Any], batches: list[int], drafters: Sequence[str]) -> None:

@@ -139,11 +139,13 @@ class Tables:
                 self.term = self.term + head.rnn_u.bias
                 self.first_state = F.silu(self.term)
                 of_state.append(head.rnn_u.weight)
+            # For few rows, where a product that adds is as good as one over both.
+            self.adds = len(of_state) == 2 and not in_eight_bit
             self.of_state: Product | None = None
             if of_state:
                 weight = lay_out(torch.cat(of_state))  # [F_s ; U], or the one there is
                 self.of_state = self._product(weight, None)
-                if self.recurs:  # for few rows, where a product that adds is as good as one over both
+                if self.adds:
                     self.add_first, self.add_recurrent = (
                         dense_add(w, packed=False) for w in weight.tensor_split([len(weight) - h])
                     )
@@ -182,7 +184,7 @@ class Tables:
         else:
             silu_out(self.term.index_select(0, newest).add_(carried), out=state)
         y, carried = x, None
-        if start is not None and self.recurs and not self.eight and x.shape[0] < FEW_ROWS:
+        if self.adds and start is not None and x.shape[0] < FEW_ROWS:
             y = self.add_first(start, state)
         elif self.of_state is not None:
             products = self.of_state(state)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from omr.drafter import NO_DRAFT
 from omr.errors import InputError
+from omr.nn.argmax import argmax
 from omr.nn.decoder import Decoder
 from omr.nn.loader import load
 from omr.nn.paged import NULL_BLOCK, KVCache, Padded, Part, Ragged
@@ -64,7 +65,7 @@ class SmallModelDraft:
 
     def propose(self, hidden: Tensor | None, tokens: Tensor, history: History) -> Tensor:
         """See DraftModel. `history` ends with the newest token."""
-        return self._draft(torch.full_like(tokens, NO_DRAFT), history, lambda step, logits, rows: logits.argmax(-1))
+        return self._draft(torch.full_like(tokens, NO_DRAFT), history, lambda step, logits, rows: argmax(logits))
 
     def propose_sampled(
         self, hidden: Tensor | None, tokens: Tensor, history: History, choose: Callable[..., Tensor]

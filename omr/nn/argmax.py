@@ -13,5 +13,5 @@ MANY = 1 << 13
 def argmax(rows: Tensor) -> Tensor:
     """(R, V) -> (R,) int64: the first of the largest numbers of each row, a NaN counting as larger than any."""
     if rows.numel() >= MANY and rows.device.type == "cpu" and rows.dtype == torch.float32:
-        return torch.from_numpy(rows.numpy().argmax(-1))
+        return torch.from_numpy(rows.detach().numpy().argmax(-1))
     return rows.argmax(-1)

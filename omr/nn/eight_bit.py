@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from omr.nn.linear import E4M3_MAX, Fp8Linear
+from omr.nn.packed import if_there
 
 LARGE = 3 << 18
 """Elements of a weight from which oneDNN's int8 product is worth its 30 microseconds a call, for two rows of x or more.
@@ -38,9 +39,8 @@ def _whole_product(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
 
     if weight.numel() < LARGE or not torch.cpu._is_vnni_supported():
         return plain
-    try:
-        ready = torch.ops.onednn.qlinear_prepack(weight, None)
-    except (AttributeError, RuntimeError, NotImplementedError):
+    ready = if_there(lambda: torch.ops.onednn.qlinear_prepack(weight, None))
+    if ready is None:
         return plain
     zeros = torch.zeros(len(weight), dtype=torch.int32)
     run, tail = torch.ops.onednn.qlinear_pointwise.default, (None, 1.0, 0, torch.float32, "none", [], "")

@@ -32,8 +32,13 @@ def pack(weight: torch.Tensor) -> torch.Tensor | None:
     """The weight (N, K) re-ordered; None off the CPU, for other dtypes and where oneDNN has no such operator."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
+    return if_there(lambda: torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8))
+
+
+def if_there(prepare: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """What `prepare` makes of a weight; None where this build of torch lacks the operator or it refuses the weight."""
     try:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
+        return prepare()
     except (AttributeError, RuntimeError, NotImplementedError):
         return None
 

@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omr.errors import ConfigError, InputError
+from omr.nn.argmax import argmax
 from omr.nn.draft_head import HEADS, BaseHead, DraftHead, FullHead, LowRankHead, Pack, PackedHead, make_head
 
 MODEL_TYPE = "recurrent_drafting_drafter"
@@ -304,7 +305,7 @@ class Redrafter(nn.Module):
             if choose is not None:
                 newest = choose(step, logits)
             else:
-                newest = logits.argmax(-1) if table is None else table[logits.argmax(-1)]
+                newest = argmax(logits) if table is None else table[argmax(logits)]
             drafts.append(newest)
         return torch.stack(drafts, dim=1)
 
